@@ -29,7 +29,7 @@ def saved_class(cls: AnyClass) -> AnyClass:
 
     Sets ``cls.__module__`` to ``"wellposed"``, so that checkpoints say ``["wellposed", "<name>"]`` wherever the file
     lies, and registers the package with diffusers' loader. Decorate every class that a checkpoint names, and nothing
-    else. One consequence on Python 3.11 and 3.12: ``inspect.getsource`` no longer finds such a class.
+    else. One consequence: ``inspect.getsource`` no longer finds such a class.
 
     Raises:
         ValueError: if the class is not listed in ``wellposed.SAVED_CLASSES``, or is a dataclass, whose type hints
