@@ -18,4 +18,4 @@ class ImageBatch:
     """
 
     images: Float[Tensor, "batch channels height width"]
-    labels: Int[Tensor, "batch"] | None = None
+    labels: Int[Tensor, " batch"] | None = None

@@ -10,7 +10,7 @@ pipeline of ours through its own class, which works from a folder and from a hub
 
 import dataclasses
 import warnings
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import diffusers
 from diffusers.pipelines import pipeline_loading_utils
@@ -21,10 +21,10 @@ __all__ = ["saved_class"]
 
 PACKAGE = "wellposed"
 
-AnyClass = TypeVar("AnyClass", bound=type[Any])
+T = TypeVar("T")
 
 
-def saved_class(cls: AnyClass) -> AnyClass:
+def saved_class(cls: type[T]) -> type[T]:
     """Pin the address under which a model, scheduler, pipeline or tokenizer class is saved and loaded.
 
     Sets ``cls.__module__`` to ``"wellposed"``, so that checkpoints say ``["wellposed", "<name>"]`` wherever the file
