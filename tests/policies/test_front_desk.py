@@ -6,6 +6,7 @@ import inspect
 import pkgutil
 
 import pytest
+
 import wellposed
 
 FRONT_DESK = ("hooks", "models", "pipelines", "schedulers")
