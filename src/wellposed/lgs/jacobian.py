@@ -1,0 +1,157 @@
+r"""Products with a network's Jacobian at one point, and how to get them.
+
+| method | product | cost of one | needs |
+| --- | --- | --- | --- |
+| ``vjp`` | J^T v | about one forward | autograd; one forward with a saved graph serves every product |
+| ``jvp`` | J v | four to five forwards | forward-mode rules of every operation; no graph is kept |
+| ``difference`` | (f(x + hv) - f(x - hv)) / 2h | two forwards | nothing but the forward, at least float32 |
+
+For the posterior mean of an exact denoiser J is symmetric and all three agree. For a trained network they differ by its
+asymmetry, and sampling with one is as good as with the other (docs/methods/lgs.md has the measurement).
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["Linearization", "ProductMethod", "linearize"]
+
+ProductMethod = Literal["vjp", "jvp", "difference"]
+
+
+@dataclass(frozen=True, eq=False)
+class Linearization:
+    """A function at one point: its value there, detached, and ``product``: v -> J v (``vjp``: J^T v) in v's dtype."""
+
+    output: Float[Tensor, "batch *out"]
+    product: Callable[[Tensor], Tensor]
+
+
+def linearize(
+    function: Callable[[Tensor], Tensor],
+    x: Float[Tensor, "batch *shape"],
+    *,
+    method: ProductMethod = "vjp",
+    module: nn.Module | None = None,
+) -> Linearization:
+    """``function`` at ``x`` with Jacobian products; works inside ``no_grad`` and ``inference_mode``.
+
+    Args:
+        function: maps a batch to a batch of the same shape, sample by sample.
+        x: the point.
+        method: see the module's table.
+        module: the network inside ``function``, if any. Its parameters are frozen while the graph is built, so that
+            nothing is saved for gradients that nobody asks for.
+
+    Raises:
+        ValueError: if the method is unknown, the function cannot be differentiated, the module has active dropout, or
+            differences are asked of a half-precision input.
+    """
+    if module is not None:
+        _refuse_active_dropout(module)
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        if module is not None:
+            stack.enter_context(_frozen(module))
+        x = x.clone() if x.is_inference() else x.detach()
+        match method:
+            case "vjp":
+                return _vjp(function, x)
+            case "jvp":
+                return _jvp(function, x)
+            case "difference":
+                return _difference(function, x)
+            case _:
+                raise ValueError(f"method must be 'vjp', 'jvp' or 'difference', got {method!r}")
+
+
+def _vjp(function: Callable[[Tensor], Tensor], x: Tensor) -> Linearization:
+    with torch.enable_grad(), _buffers_kept():
+        leaf = x.requires_grad_()
+        output = function(leaf)
+    if not output.requires_grad:
+        raise ValueError(
+            "the model's output does not depend differentiably on its input (it detaches, runs under no_grad inside, or "
+            "is quantised or exported without autograd); use method='difference', which needs only forward passes"
+        )
+
+    def product(v: Tensor) -> Tensor:
+        with torch.inference_mode(False), _buffers_kept():
+            cotangent = v.clone() if v.is_inference() else v
+            (pulled,) = torch.autograd.grad(output, leaf, cotangent.to(output.dtype), retain_graph=True)
+        return pulled.to(v.dtype)
+
+    return Linearization(output.detach(), product)
+
+
+def _jvp(function: Callable[[Tensor], Tensor], x: Tensor) -> Linearization:
+    with torch.no_grad():
+        output = function(x)
+
+    def product(v: Tensor) -> Tensor:
+        # Inside inference_mode forward-mode AD returns no tangent and no error.
+        with torch.inference_mode(False), sdpa_kernel(SDPBackend.MATH), _ContiguousGroupNorm():
+            _, tangent = torch.func.jvp(function, (x,), (v.to(x.dtype).clone(),))
+        return tangent.detach().to(v.dtype)
+
+    return Linearization(output, product)
+
+
+def _difference(function: Callable[[Tensor], Tensor], x: Tensor) -> Linearization:
+    if x.dtype in (torch.float16, torch.bfloat16):
+        raise ValueError(
+            f"finite differences in {x.dtype} are off by 6 % at best; run the model in float32 or use method='vjp'"
+        )
+    with torch.no_grad():
+        output = function(x)
+    # A cube root of the rounding unit balances truncation against cancellation in a central difference.
+    size = torch.finfo(x.dtype).eps ** (1 / 3)
+
+    def product(v: Tensor) -> Tensor:
+        rms = v.flatten(1).square().mean(dim=1).sqrt().clamp_min(torch.finfo(v.dtype).tiny)
+        step = (size / rms).reshape(-1, *[1] * (v.ndim - 1))
+        shift = (step * v).to(x.dtype)
+        with torch.no_grad():
+            return ((function(x + shift) - function(x - shift)) / (2 * step)).to(v.dtype)
+
+    return Linearization(output, product)
+
+
+class _ContiguousGroupNorm(TorchFunctionMode):
+    """group_norm's forward-mode rule calls .view on its input, which attention leaves transposed in UNet2DModel."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.group_norm:
+            args = (args[0].contiguous(), *args[1:])
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+def _buffers_kept():
+    # A compiled backward may reuse the saved tensors' memory, which a second product would then read.
+    return torch._functorch.config.patch("donated_buffer", False)
+
+
+def _refuse_active_dropout(module: nn.Module) -> None:
+    for name, child in module.named_modules():
+        if isinstance(child, nn.modules.dropout._DropoutNd) and child.training and child.p > 0:
+            raise ValueError(f"dropout is active in {name or 'the model'}: the products would be noise; call model.eval()")
