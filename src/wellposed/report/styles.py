@@ -1,0 +1,86 @@
+"""One colour and one marker for each method, the same in every figure.
+
+Hue says the family, so that a reader who knows one figure can read the next:
+
+* blue: covariances of this library (full, and Lanczos at its depths, deeper is darker);
+* grey: variances fixed beforehand (beta, beta-tilde);
+* orange: isotropic ones (Analytic-DPM and its x-dependent form);
+* purple: diagonal ones (NPR, SN, OCM, and the exact diagonal);
+* green: deterministic samplers.
+
+The hues of Okabe and Ito's palette, told apart by readers with any of the common colour vision deficiencies; within a
+family lightness, marker and dash differ, so that figures survive a grey printer.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+__all__ = ["METHOD_STYLES", "Dash", "MethodStyle", "method_style"]
+
+Dash = Literal["solid", "dashed", "dotted", "dashdot"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodStyle:
+    """How a method looks in every figure.
+
+    Attributes:
+        label: its name in legends and tables.
+        color: ``#rrggbb``.
+        marker: matplotlib's letter.
+        dash: of its line.
+        hollow: markers are outlines.
+    """
+
+    label: str
+    color: str
+    marker: str
+    dash: Dash = "solid"
+    hollow: bool = False
+
+
+METHOD_STYLES: Mapping[str, MethodStyle] = MappingProxyType(
+    {
+        "full": MethodStyle(label="full", color="#08417a", marker="o"),
+        "lgs": MethodStyle(label="LGS, adaptive m", color="#0072b2", marker="o"),
+        "lgs_1": MethodStyle(label="LGS, m = 1", color="#86c1ea", marker="^"),
+        "lgs_2": MethodStyle(label="LGS, m = 2", color="#3f97d3", marker="v"),
+        "lgs_3": MethodStyle(label="LGS, m = 3", color="#1a5fa3", marker="s"),
+        "lgs_amortized": MethodStyle(label="LGS, amortised", color="#2b6cb8", marker="D", dash="dashed", hollow=True),
+        "lgs_preconditioned": MethodStyle(label="LGS, DCT", color="#5aa9dd", marker="P", dash="dashdot"),
+        "beta": MethodStyle(label="β", color="#9a9a9a", marker="X", dash="dotted"),
+        "beta_tilde": MethodStyle(label="β̃", color="#4a4a4a", marker="P", dash="dashed"),
+        "analytic": MethodStyle(label="Analytic", color="#e69f00", marker="s"),
+        "isotropic": MethodStyle(label="isotropic", color="#d55e00", marker="s", hollow=True),
+        "diagonal": MethodStyle(label="diagonal", color="#8e2f7c", marker="D"),
+        "npr": MethodStyle(label="NPR", color="#dfa3c8", marker="<"),
+        "sn": MethodStyle(label="SN", color="#cc79a7", marker=">"),
+        "ocm": MethodStyle(label="OCM", color="#8e2f7c", marker="D"),
+        "ddim": MethodStyle(label="DDIM", color="#009e73", marker="*", dash="dashed"),
+        "dpm_solver": MethodStyle(label="DPM-Solver++", color="#00634a", marker="h", dash="dashdot", hollow=True),
+    }
+)
+
+_OTHERS = (
+    MethodStyle(label="", color="#0072b2", marker="o"),
+    MethodStyle(label="", color="#d55e00", marker="s"),
+    MethodStyle(label="", color="#009e73", marker="^"),
+    MethodStyle(label="", color="#cc79a7", marker="D"),
+    MethodStyle(label="", color="#e69f00", marker="v", dash="dashed"),
+    MethodStyle(label="", color="#4a4a4a", marker="X", dash="dotted"),
+)
+
+
+def method_style(method: str | None, position: int = 0) -> MethodStyle:
+    """The style of a method; what is no known method takes the style of its ``position`` in the figure.
+
+    Raises:
+        ValueError: ``method`` is neither None nor a key of :data:`METHOD_STYLES`.
+    """
+    if method is None:
+        return _OTHERS[position % len(_OTHERS)]
+    if method not in METHOD_STYLES:
+        raise ValueError(f"method is {method!r}; write one of {', '.join(METHOD_STYLES)}, or None and a label")
+    return METHOD_STYLES[method]
