@@ -1,0 +1,132 @@
+"""The order of the data, as a pure function of the step."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import lru_cache
+from typing import Any, Literal, Protocol
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from wellposed.training.context import derived_seed
+
+__all__ = ["IndexedDataset", "PlannedBatches", "TrainingData", "to_device"]
+
+
+class TrainingData(Protocol):
+    """What ``train`` trains on: the batch of any step, on demand."""
+
+    @property
+    def batch_size(self) -> int:
+        """Number of samples of a step, over all ranks and all accumulated shares."""
+        ...
+
+    def batch_at(self, step: int, part: int = 0, parts: int = 1) -> Any:
+        """The samples ``part, part + parts, part + 2 parts, ...`` of the step's batch; all of it by default.
+
+        May be tensors, dataclasses, mappings, lists and tuples of tensors. Called once per (step, part), in order.
+        """
+        ...
+
+    def fingerprint(self) -> Mapping[str, int | str]:
+        """What must not change between the start of a run and its continuation, as JSON values."""
+        ...
+
+
+class IndexedDataset(Protocol):
+    """A finite set in a fixed order, such as :class:`wellposed.data.images.ImageDataset`."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: Int[Tensor, " batch"], *, epoch: int = 0) -> Any:
+        """The samples at ``indices``, a function of the two arguments alone."""
+        ...
+
+    def fingerprint(self) -> str:
+        """A hash of everything a batch depends on."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedBatches:
+    """A data set in a new random order each epoch, every batch a function of (seed, step).
+
+    There is no iterator whose state could be lost: a resumed run, or one on another number of ranks, asks for the next
+    step and gets the batch that the uninterrupted run would have got.
+
+    Attributes:
+        dataset: what to draw from.
+        batch_size: samples of a step, over all ranks and all accumulated shares.
+        seed: seed of the order.
+        incomplete: what becomes of the last, incomplete batch of an epoch: ``"drop"`` leaves it out (other samples in
+            each epoch), ``"wrap"`` fills it up from the beginning of the same epoch's order.
+
+    Raises:
+        ValueError: an empty set, or one smaller than a batch where incomplete batches are dropped.
+    """
+
+    dataset: IndexedDataset
+    batch_size: int
+    seed: int = 0
+    incomplete: Literal["drop", "wrap"] = "drop"
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size is {self.batch_size}; a step needs at least one sample")
+        if self.incomplete not in ("drop", "wrap"):
+            raise ValueError(f"incomplete is {self.incomplete!r}; write 'drop' or 'wrap'")
+        size = len(self.dataset)
+        if size == 0 or (size < self.batch_size and self.incomplete == "drop"):
+            raise ValueError(
+                f"the data set has {size} samples, fewer than one batch of {self.batch_size}; lower batch_size or "
+                "write incomplete='wrap', which repeats samples within a batch"
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Number of batches in one pass over the data."""
+        complete, rest = divmod(len(self.dataset), self.batch_size)
+        return complete + (1 if rest and self.incomplete == "wrap" else 0)
+
+    def indices_at(self, step: int) -> Int[Tensor, " batch"]:
+        """Positions in the data set of the step's batch."""
+        epoch, batch = divmod(step, self.steps_per_epoch)
+        size = len(self.dataset)
+        places = torch.arange(batch * self.batch_size, (batch + 1) * self.batch_size) % size
+        return _epoch_order(size, self.seed, epoch)[places]
+
+    def batch_at(self, step: int, part: int = 0, parts: int = 1) -> Any:
+        """One of ``parts`` equal shares of the step's batch, see :class:`TrainingData`."""
+        return self.dataset.batch(self.indices_at(step)[part::parts], epoch=step // self.steps_per_epoch)
+
+    def fingerprint(self) -> dict[str, int | str]:
+        """Everything the order depends on, and the data set's own hash."""
+        return {
+            "samples": len(self.dataset),
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "incomplete": self.incomplete,
+            "dataset": self.dataset.fingerprint(),
+        }
+
+
+# Two: with accumulated shares and a prefetching caller, an epoch's last and the next one's first batch alternate.
+@lru_cache(maxsize=2)
+def _epoch_order(size: int, seed: int, epoch: int) -> Int[Tensor, " size"]:
+    generator = torch.Generator().manual_seed(derived_seed(seed, "epoch", epoch))
+    return torch.randperm(size, generator=generator)
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """The batch with its tensors on ``device``; it may nest dataclasses, mappings, lists and tuples."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if is_dataclass(batch) and not isinstance(batch, type):
+        return replace(batch, **{f.name: to_device(getattr(batch, f.name), device) for f in fields(batch) if f.init})
+    if isinstance(batch, Mapping):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, list | tuple):
+        moved = [to_device(value, device) for value in batch]
+        return moved if isinstance(batch, list) else tuple(moved)
+    return batch

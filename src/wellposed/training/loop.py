@@ -1,0 +1,209 @@
+"""``train``: the loop around the step."""
+
+import logging
+import time
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from wellposed.training.averages import WeightAverage
+from wellposed.training.checkpoint import CheckpointStore, Progress
+from wellposed.training.config import TrainingConfig
+from wellposed.training.data_plan import TrainingData
+from wellposed.training.distributed import Workers, worker_group
+from wellposed.training.interrupts import InterruptFlag, TrainingInterrupted
+from wellposed.training.metrics import MetricsFile, progress_report
+from wellposed.training.players import Player, check_players
+from wellposed.training.run import Run
+
+__all__ = ["METRICS_FILE", "Callback", "TrainingResult", "train"]
+
+METRICS_FILE = "metrics.jsonl"
+
+logger = logging.getLogger(__name__)
+
+
+class Callback:
+    """Something to do along the way. Every method is called on every rank; ``run.workers.is_main`` picks one."""
+
+    def on_step_end(self, run: Run) -> None:
+        """After every step."""
+
+    def on_log(self, run: Run, record: Mapping[str, float]) -> None:
+        """After every ``log_every``-th step, with the line written to ``metrics.jsonl``."""
+
+    def on_checkpoint(self, run: Run, path: Path) -> None:
+        """After a checkpoint is complete; ``path`` is its folder."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TrainingResult:
+    """What a finished run leaves in memory; the players' models hold the trained weights themselves.
+
+    Attributes:
+        step: number of steps done.
+        checkpoint: folder of the last checkpoint.
+        metrics: the latest metrics of every player, as ``"<player>/<metric>"``.
+        averages: the averaged weights of the players that keep them.
+    """
+
+    step: int
+    checkpoint: Path
+    metrics: Mapping[str, float]
+    averages: Mapping[str, WeightAverage]
+
+
+def train(
+    players: Player | Sequence[Player],
+    data: TrainingData,
+    config: TrainingConfig,
+    out: str | Path,
+    *,
+    callbacks: Sequence[Callback] = (),
+    resume: Literal["auto", "never"] = "auto",
+) -> TrainingResult:
+    """Train the players on the data, leaving checkpoints and ``metrics.jsonl`` in ``out``.
+
+    The same call continues an unfinished run exactly, and returns at once from a finished one. Run it under
+    ``torchrun`` for several processes. Ctrl-C and SIGTERM finish the step and write a checkpoint; a second one, a
+    second later or more, stops on the spot. torch's global random state is as before when this returns.
+
+    Args:
+        players: what to train.
+        data: what to train on, e.g. ``PlannedBatches``.
+        config: settings.
+        out: folder of the run, on a file system that all ranks share.
+        callbacks: called in order.
+        resume: ``"auto"`` continues from the newest complete checkpoint in ``out`` if there is one; ``"never"`` insists
+            on a fresh start. Checkpoints contain pickles: resume from your own runs only.
+
+    Raises:
+        ValueError: a checkpoint of another run in ``out`` (seed, data, players), a batch that cannot be shared evenly.
+        TrainingInterrupted: after a signal; says the step and the checkpoint.
+        CheckpointError: a checkpoint could not be written; the previous one is intact.
+        NonFiniteError: a loss or gradient was not finite; the update was not applied.
+    """
+    chosen = check_players(players)
+    folder = Path(out)
+    with ExitStack() as stack:
+        workers = stack.enter_context(worker_group(config.device))
+        _check_shares(data.batch_size, config, workers)
+        stack.enter_context(_random_state_kept(workers.device))
+        run = Run(chosen, config, workers)
+        store = CheckpointStore(folder / "checkpoints", workers, config.keep_last)
+        checkpoint = _resume(run, store, data, resume)
+        interrupt = stack.enter_context(InterruptFlag())
+        report = stack.enter_context(
+            closing(progress_report(run.step, config.max_steps, silent=not (config.progress and workers.is_main)))
+        )
+        metrics = (
+            stack.enter_context(closing(MetricsFile(folder / METRICS_FILE, run.step))) if workers.is_main else None
+        )
+        clock = _Clock(run.step, data.batch_size)
+        while run.step < config.max_steps:
+            run.advance(data)
+            report.show(run.step, _summary(run.metrics))
+            if run.step % config.log_every == 0:
+                record = {"step": run.step, **run.metrics, "samples_per_second": clock.samples_per_second(run.step)}
+                if metrics:
+                    metrics.write(record)
+                for callback in callbacks:
+                    callback.on_log(run, record)
+            for callback in callbacks:
+                callback.on_step_end(run)
+            stopping = workers.any(interrupt.raised)
+            if stopping or run.step % config.checkpoint_every == 0 or run.step == config.max_steps:
+                checkpoint = _save(run, store, data)
+                for callback in callbacks:
+                    callback.on_checkpoint(run, checkpoint)
+                if run.step < config.max_steps and stopping:
+                    raise TrainingInterrupted(run.step, checkpoint)
+    assert checkpoint is not None  # the last step is always saved
+    return TrainingResult(step=run.step, checkpoint=checkpoint, metrics=run.metrics, averages=run.averages)
+
+
+def _check_shares(batch_size: int, config: TrainingConfig, workers: Workers) -> None:
+    shares = workers.world_size * config.gradient_accumulation
+    if batch_size % shares:
+        raise ValueError(
+            f"a batch of {batch_size} cannot be split evenly into {workers.world_size} rank(s) x "
+            f"{config.gradient_accumulation} accumulated share(s); make batch_size a multiple of {shares}"
+        )
+
+
+@contextmanager
+def _random_state_kept(device: torch.device) -> Generator[None]:
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
+
+
+def _save(run: Run, store: CheckpointStore, data: TrainingData) -> Path:
+    progress = Progress(
+        step=run.step,
+        seed=run.config.seed,
+        data=dict(data.fingerprint()),
+        updates={name: live.updates for name, live in run.players.items()},
+        metrics=run.metrics,
+    )
+    return store.save({name: live.state_dict() for name, live in run.players.items()}, progress)
+
+
+def _resume(run: Run, store: CheckpointStore, data: TrainingData, resume: Literal["auto", "never"]) -> Path | None:
+    """Bring the run to the newest checkpoint, if there is one; returns its folder."""
+    path = store.latest()
+    if path is None:
+        return None
+    if resume == "never":
+        raise ValueError(f"{store.folder} already holds {path.name}; choose another folder or write resume='auto'")
+    progress = store.progress(path)
+    _check_same_run(path, progress, run, data)
+    state = {name: live.state_dict() for name, live in run.players.items()}
+    store.load(path, state)
+    for name, live in run.players.items():
+        live.load_state_dict(state[name], progress.updates[name])
+    run.step = progress.step
+    run.metrics = progress.metrics
+    if run.workers.is_main:
+        logger.info("continuing from %s", path)
+    return path
+
+
+def _check_same_run(path: Path, progress: Progress, run: Run, data: TrainingData) -> None:
+    expected = {
+        "players": (sorted(progress.updates), sorted(run.players)),
+        "seed": (progress.seed, run.config.seed),
+        "data": (progress.data, dict(data.fingerprint())),
+    }
+    for what, (saved, given) in expected.items():
+        if saved != given:
+            raise ValueError(
+                f"{path} belongs to another run: {what} {saved}, now {given}; give the same to continue, or start in "
+                "another folder"
+            )
+    if progress.step > run.config.max_steps:
+        raise ValueError(
+            f"{path} is past max_steps = {run.config.max_steps}; raise max_steps or start in another folder"
+        )
+
+
+class _Clock:
+    """Throughput since the last time it was asked."""
+
+    def __init__(self, first_step: int, batch_size: int) -> None:
+        self._batch_size = batch_size
+        self._step, self._time = first_step, time.perf_counter()
+
+    def samples_per_second(self, step: int) -> float:
+        now = time.perf_counter()
+        rate = (step - self._step) * self._batch_size / (now - self._time)
+        self._step, self._time = step, now
+        return round(rate, 3)
+
+
+def _summary(metrics: Mapping[str, float]) -> str:
+    losses = {name.removesuffix("/loss"): value for name, value in metrics.items() if name.endswith("/loss")}
+    return "  ".join(f"{name} {value:.4g}" for name, value in losses.items())
