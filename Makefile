@@ -73,7 +73,8 @@ $(STAMP): pyproject.toml requirements/constraints.txt
 	@if $(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION); then \
 	  set -x; $(BIN)/uv pip install --python $(BIN)/python -c requirements/constraints.txt --group dev -e ".[demo]"; \
 	else \
-	  set -x; $(BIN)/python -m pip install --quiet --upgrade "pip>=25.1" && \
+	  echo "uv is not to be had: pip installs instead, more slowly"; set -x; \
+	  $(BIN)/python -m pip install --quiet --upgrade "pip>=25.1" && \
 	  $(BIN)/python -m pip install --quiet -c requirements/constraints.txt --group dev -e ".[demo]"; \
 	fi
 	@touch $@
