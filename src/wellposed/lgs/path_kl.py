@@ -15,7 +15,6 @@ Everything depends on the path through its SNR alone. That full covariances have
 Omega(1/T) is the claim of arXiv 2605.22723; derivation and constants are in docs/methods/lgs.md.
 """
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,18 +25,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from wellposed.lgs.channel import ChannelQuadrature, channel_quadrature, checked_snrs
+from wellposed.lgs.sampler import CovarianceDraw, LanczosCovariance, LanczosSettings, ReversePoint
 from wellposed.oracles import GaussianMixtureOracle
-from wellposed.paths import GaussianPath, RectifiedFlow
+from wellposed.paths import Bridge, GaussianPath, RectifiedFlow
 
 __all__ = [
-    "ChannelQuadrature",
     "CovarianceKind",
+    "LanczosPathKL",
     "PathKL",
     "anisotropic_mixture",
-    "channel_quadrature",
+    "lanczos_path_kl",
     "log_snr_grid",
     "path_kl",
     "path_kl_on_grids",
+    "stationary_image_spectrum",
 ]
 
 CovarianceKind = Literal["full", "diagonal", "isotropic", "isotropic_t", "beta", "beta_tilde"]
@@ -78,110 +80,6 @@ def anisotropic_mixture(path: GaussianPath | None = None) -> GaussianMixtureOrac
         covariances=rotation @ torch.diag_embed(variances) @ rotation.mT,
         path=path or RectifiedFlow(),
     )
-
-
-@dataclass(frozen=True)
-class _Channel(GaussianPath):
-    """``y = signal_scale x_0 + n`` at every time: a path's noisy sample, scaled to unit noise."""
-
-    signal_scale: float
-
-    def alpha(self, t: float | Tensor) -> Float[Tensor, "*times"]:
-        return torch.full_like(torch.as_tensor(t, dtype=torch.float64), self.signal_scale)
-
-    def sigma(self, t: float | Tensor) -> Float[Tensor, "*times"]:
-        return torch.ones_like(torch.as_tensor(t, dtype=torch.float64))
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class ChannelQuadrature:
-    """Expectations over ``y = sqrt(snr) x_0 + n``, n standard normal, of functions of the posterior given y.
-
-    Attributes:
-        oracle: the target, on a path where every time is this channel.
-        points: nodes in y-space.
-        weights: density times cell, so that ``weights @ f(points)`` is E f(y).
-        covariance: Cov[x_0 | y] at the nodes.
-        information: I(x_0; y) in nats.
-    """
-
-    oracle: GaussianMixtureOracle
-    points: Float[Tensor, "nodes dim"]
-    weights: Float[Tensor, " nodes"]
-    covariance: Float[Tensor, "nodes dim dim"]
-    information: float
-
-    def third_cumulant(self) -> Float[Tensor, "nodes dim dim dim"]:
-        """K3[x_0 | y] at the nodes."""
-        return self.oracle.posterior_third_cumulant(self.points, 1.0)
-
-
-def channel_quadrature(
-    oracle: GaussianMixtureOracle, snr: float, *, spacing: float = 0.3, reach: float = 9.0
-) -> ChannelQuadrature:
-    """The trapezoidal rule over the noisy sample at one SNR.
-
-    Nodes lie on a square grid, ``spacing`` times the smallest standard deviation of any component apart, wherever some
-    component is less than ``reach`` standard deviations away. For functions as smooth as the density the error falls
-    faster than any power of the spacing; at the defaults it is rounding. A single Gaussian needs one node, because its
-    posterior covariance is the same everywhere.
-
-    Args:
-        oracle: the target; its own path is not used.
-        snr: > 0.
-        spacing: in units of the smallest standard deviation.
-        reach: in standard deviations.
-
-    Raises:
-        ValueError: for a mixture in more than two dimensions.
-    """
-    scale = math.sqrt(snr)
-    channel = dataclasses.replace(oracle, path=_Channel(scale))
-    centres, dim = scale * oracle.means, oracle.means.shape[1]
-    spread = snr * oracle.covariances + torch.eye(dim, dtype=oracle.means.dtype)
-    if len(centres) == 1:
-        points, weights = centres, torch.ones(1, dtype=centres.dtype)
-        information = 0.5 * float(torch.logdet(spread))
-    else:
-        step = spacing * math.sqrt(float(torch.linalg.eigvalsh(spread).min()))
-        points = _square_grid(centres, spread, step, reach)
-        log_density = channel.log_prob(points, 1.0)
-        weights = log_density.exp() * step**dim
-        information = -float(weights @ log_density) - 0.5 * dim * math.log(2 * math.pi * math.e)
-    return ChannelQuadrature(
-        oracle=channel,
-        points=points,
-        weights=weights,
-        covariance=channel.posterior_covariance(points, 1.0),
-        information=information,
-    )
-
-
-def _square_grid(
-    centres: Float[Tensor, "components dim"],
-    covariances: Float[Tensor, "components dim dim"],
-    step: float,
-    reach: float,
-) -> Float[Tensor, "nodes dim"]:
-    """Multiples of ``step`` that are within ``reach`` standard deviations of a component."""
-    dim = centres.shape[1]
-    if dim > 2:
-        raise ValueError(
-            f"quadrature over a mixture takes 1 or 2 dimensions, got {dim}; a single Gaussian (gaussian_oracle) is "
-            "exact in any"
-        )
-    half_width = reach * covariances.diagonal(dim1=-2, dim2=-1).sqrt()
-    first = ((centres - half_width).amin(0) / step).floor()
-    last = ((centres + half_width).amax(0) / step).ceil()
-    axes = [
-        torch.arange(a, b + 1, dtype=centres.dtype) * step for a, b in zip(first.tolist(), last.tolist(), strict=True)
-    ]
-    points = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).view(-1, dim)
-    inside = torch.zeros(len(points), dtype=torch.bool)
-    for centre, precision in zip(centres, torch.linalg.inv(covariances), strict=True):
-        offset = points - centre
-        inside |= ((offset @ precision) * offset).sum(-1) <= reach**2
-    return points[inside]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -246,7 +144,7 @@ def path_kl_on_grids(
     for kind in kinds:
         if kind not in get_args(CovarianceKind):
             raise ValueError(f"unknown covariance {kind!r}; known: {', '.join(get_args(CovarianceKind))}")
-    values = [_checked_grid(snrs) for snrs in grids]
+    values = [checked_snrs(snrs) for snrs in grids]
     clean_ends: dict[float, set[float]] = {}
     for grid in values:
         for clean, noisy in pairwise(grid):
@@ -260,16 +158,6 @@ def path_kl_on_grids(
         for clean in clean_ends.get(snr, ()):
             costs[clean, snr] = {kind: posterior.cost(kind, clean - snr) for kind in ("full", *kinds)}
     return [_assemble(grid, costs, information, kinds) for grid in values]
-
-
-def _checked_grid(snrs: Tensor) -> list[float]:
-    valid = snrs.ndim == 1 and len(snrs) >= 2 and snrs.dtype == torch.float64 and bool(snrs.isfinite().all())
-    if not valid or not bool((snrs.diff() < 0).all()) or float(snrs[-1]) <= 0:
-        raise ValueError(
-            "snrs must be a float64 vector of at least two positive, finite, strictly decreasing values (the clean end "
-            f"first), got {snrs}; log_snr_grid makes one, snrs.flip(0) turns one round"
-        )
-    return snrs.tolist()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -325,3 +213,114 @@ def _assemble(
             kind: torch.tensor([costs[step][kind] for step in steps], dtype=torch.float64) - full for kind in kinds
         },
     )
+
+
+def stationary_image_spectrum(
+    size: int = 32, *, variance: float = 0.25, channel_shares: Sequence[float] = (1.0,)
+) -> Float[Tensor, " dim"]:
+    """Eigenvalues of the covariance of a stationary (periodic) image model with the 1/f^2 power spectrum of photographs.
+
+    Power is proportional to ``1 / max(|f|, 1/2)^2`` over the integer frequencies of a ``size`` x ``size`` image. The default
+    has the variance of a natural image in [-1, 1]; ``channel_shares=(0.9, 0.07, 0.03)`` is a colour image most of whose
+    variance is luminance.
+
+    Args:
+        size: height and width.
+        variance: per pixel and channel, on average.
+        channel_shares: how the variance is shared among the decorrelated colour channels; sums to 1.
+    """
+    shares = torch.tensor(channel_shares, dtype=torch.float64)
+    if bool((shares <= 0).any()) or abs(float(shares.sum()) - 1) > 1e-9:
+        raise ValueError(f"channel_shares must be positive and sum to 1, got {tuple(channel_shares)}")
+    frequency = torch.fft.fftfreq(size, d=1 / size, dtype=torch.float64)
+    power = 1 / (frequency[:, None] ** 2 + frequency[None, :] ** 2).clamp_min(0.25)
+    total = variance * size**2 * len(shares)
+    return (shares[:, None] * total * (power / power.sum()).flatten()).flatten()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LanczosPathKL:
+    """A chain of Lanczos draws on a Gaussian target, step by step in sampling order (noisiest first).
+
+    Attributes:
+        per_step: path KL in nats; the exact covariance would have 0.
+        relative_error: mean of ||y - Sigma^(1/2) z|| / ||Sigma^(1/2) z|| over the draws.
+        condition: condition number of Sigma.
+        products: products that a sample's draw used, on average.
+    """
+
+    per_step: Float[Tensor, " steps"]
+    relative_error: Float[Tensor, " steps"]
+    condition: Float[Tensor, " steps"]
+    products: Float[Tensor, " steps"]
+
+    @property
+    def total(self) -> float:
+        """The path KL of the chain in nats."""
+        return float(self.per_step.sum())
+
+
+def lanczos_path_kl(
+    eigenvalues: Float[Tensor, " dim"],
+    path: GaussianPath,
+    times: Sequence[float],
+    settings: LanczosSettings,
+    *,
+    generator: torch.Generator,
+    num_draws: int = 8,
+) -> LanczosPathKL:
+    r"""Path KL of the Lanczos sampler on data ``N(0, diag(eigenvalues))``, where nothing else has any error.
+
+    A draw is ``y = p_z(Sigma) z`` with a polynomial p_z whose coefficients depend on z, weakly in many dimensions. y is
+    taken for a Gaussian with variance ``E_z p_z(lambda)^2`` in each eigendirection; that dependence, through which y is
+    not quite Gaussian, is ignored.
+
+    Args:
+        eigenvalues: of the data covariance, float64.
+        path: the Gaussian path.
+        times: decreasing, as in ``wellposed.lgs.sampler.sample``; the last one is the first noise level, whose step to
+            t = 0 takes no noise and is not counted.
+        settings: of the Lanczos covariance; ``LanczosSettings(num_lanczos_steps=m, isotropic_below_snr=0,
+            max_variance=None)`` is the bare method.
+        generator: of the draws.
+        num_draws: over how many z the mean is taken.
+    """
+    covariance = LanczosCovariance(settings)
+    memory = None
+    rows: list[tuple[float, float, float, float]] = []
+    for index, (t, s) in enumerate(pairwise(times)):
+        bridge = path.bridge(t, s)
+        posterior = eigenvalues / (1 + (bridge.alpha_t / bridge.sigma_t) ** 2 * eigenvalues)
+        exact = bridge.variance + bridge.x_0_weight**2 * posterior
+        z = torch.randn(num_draws, len(eigenvalues), generator=generator, dtype=torch.float64)
+        draw = covariance.draw(z, _gaussian_point(z, t, bridge, posterior, index == len(times) - 2), memory)
+        memory = draw.memory
+        rows.append((*_draw_quality(draw, z, exact), float(exact.max() / exact.min()), _products_used(draw)))
+    per_step, relative_error, condition, products = torch.tensor(rows, dtype=torch.float64).T
+    return LanczosPathKL(per_step=per_step, relative_error=relative_error, condition=condition, products=products)
+
+
+def _gaussian_point(z: Tensor, t: float, bridge: Bridge, posterior: Tensor, ends_at_first_noise: bool) -> ReversePoint:
+    """A state of the chain as an exact denoiser of the clean sample would present it; the mean plays no part."""
+    jacobian = bridge.alpha_t / bridge.sigma_t**2 * posterior
+    return ReversePoint(
+        x_t=torch.zeros_like(z),
+        t=t,
+        bridge=bridge,
+        prediction=torch.zeros_like(z),
+        prediction_type="sample",
+        jacobian_product=lambda v: jacobian * v,
+        ends_at_first_noise=ends_at_first_noise,
+    )
+
+
+def _draw_quality(draw: CovarianceDraw, z: Tensor, exact: Tensor) -> tuple[float, float]:
+    """Path KL of one step, and the mean relative error of its draws."""
+    ratio = exact / (draw.noise / z).square().mean(dim=0)
+    root = exact.sqrt() * z
+    error = (draw.noise - root).norm(dim=1) / root.norm(dim=1)
+    return 0.5 * float((ratio - 1 - ratio.log()).sum()), float(error.mean())
+
+
+def _products_used(draw: CovarianceDraw) -> float:
+    return 0.0 if draw.steps is None else float(draw.steps.double().mean())

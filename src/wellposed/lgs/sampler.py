@@ -30,7 +30,9 @@ __all__ = [
     "LanczosSettings",
     "ReverseCovariance",
     "ReversePoint",
+    "ReverseStep",
     "SamplingRecord",
+    "StepCost",
     "lanczos_gaussian_step",
     "reverse_step",
     "sample",
@@ -124,19 +126,26 @@ class ReversePoint:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class CovarianceDraw:
-    """A draw ``noise ~ N(0, Sigma)`` and what it cost.
+class StepCost:
+    """What one step's covariance took.
 
-    ``steps``: products that each sample used; ``products``: products the batch took; ``error``: estimated relative error
-    of each sample's noise (NaN where nobody estimates it); ``failed``: samples that fell back to the floor covariance
-    because a product was not finite; ``memory``: what the next step's draw may use.
+    ``products``: Jacobian products of the whole batch; ``steps``: products that each sample used; ``error``: estimated
+    relative error of each sample's noise; ``failed``: samples that fell back to the floor covariance because a product was
+    not finite. The last three are None where nothing was estimated.
     """
 
-    noise: Float[Tensor, "batch *shape"]
     products: int = 0
     steps: Int[Tensor, " batch"] | None = None
     error: Float[Tensor, " batch"] | None = None
     failed: Bool[Tensor, " batch"] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CovarianceDraw:
+    """A draw ``noise ~ N(0, Sigma)``, what it cost, and what the next step's draw may use (``memory``)."""
+
+    noise: Float[Tensor, "batch *shape"]
+    cost: "StepCost"
     memory: Any = None
 
 
@@ -198,7 +207,7 @@ class LanczosCovariance:
         bridge = point.bridge
         num_steps = self.steps_at(point)
         if num_steps == 0:
-            return CovarianceDraw(noise=math.sqrt(bridge.variance) * z, memory=memory)
+            return CovarianceDraw(noise=math.sqrt(bridge.variance) * z, cost=StepCost(), memory=memory)
         spectrum = step_covariance_spectrum(bridge, ceiling=self.ceiling(bridge))
         tol = self.settings.tol
         extend = self.settings.amortize > 0 and not self._is_isotropic(bridge) and not point.ends_at_first_noise
@@ -222,14 +231,13 @@ class LanczosCovariance:
             noise = self._limited(noise)
         failed = krylov.failed.cpu()
         _warn_of_failures(failed)
-        return CovarianceDraw(
-            noise=noise,
+        cost = StepCost(
             products=krylov.hessenberg.shape[-1],
             steps=krylov.steps,
             error=_relative_error(krylov.projection(), krylov, spectrum),
             failed=failed,
-            memory=memory,
         )
+        return CovarianceDraw(noise=noise, cost=cost, memory=memory)
 
     def _limited(self, noise: Tensor) -> Tensor:
         assert self.settings.end_noise_limit is not None and self.settings.max_variance is not None
@@ -355,7 +363,17 @@ def lanczos_gaussian_step(
         prediction_type=prediction_type,
         jacobian_product=linearization.product,
     )
-    return reverse_step(point, LanczosCovariance(settings), z, clip=clip)[0]
+    return reverse_step(point, LanczosCovariance(settings), z, clip=clip).x_s
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ReverseStep:
+    """A step taken: ``x_s``, the clean sample that its mean used, what it cost, and the memory for the next one."""
+
+    x_s: Float[Tensor, "batch *shape"]
+    x_0: Float[Tensor, "batch *shape"]
+    cost: StepCost
+    memory: Any
 
 
 def reverse_step(
@@ -363,43 +381,57 @@ def reverse_step(
     covariance: ReverseCovariance,
     z: Float[Tensor, "batch *shape"] | None,
     *,
-    clip: float | None = None,
+    clip: float | Callable[[Tensor], Tensor] | None = None,
     guidance: Float[Tensor, "batch *shape"] | None = None,
     memory: Any = None,
-) -> tuple[Float[Tensor, "batch *shape"], CovarianceDraw | None]:
-    """``x_s`` and the draw that it took, for any covariance.
+) -> ReverseStep:
+    """One reverse step with any covariance.
 
     Args:
         point: the state and the step.
         covariance: whose draw to take.
         z: standard normal; not used, and may be None, on the last step, which takes no noise.
-        clip: bound of |x_0| in the mean.
+        clip: bound of |x_0| in the mean, or a function that bounds x_0.
         guidance: a gradient g (scale times grad log p(y | x_t)); the mean moves by Sigma g.
-        memory: that of the last draw.
+        memory: that of the last step.
     """
     x_0 = point.predicted("sample")
     if clip is not None:
-        x_0 = x_0.clamp(-clip, clip)
-    mean = point.bridge.mean(x_0, point.x_t.to(x_0.dtype))
+        x_0 = clip(x_0) if callable(clip) else x_0.clamp(-clip, clip)
+    x_s = point.bridge.mean(x_0, point.x_t.to(x_0.dtype))
     if guidance is not None:
-        mean = mean + covariance.multiply(guidance.to(mean.dtype), point)
-    if point.bridge.is_last or z is None:
-        return mean.to(point.x_t.dtype), None
-    draw = covariance.draw(z.to(mean.dtype), point, memory)
-    return (mean + draw.noise).to(point.x_t.dtype), draw
+        x_s = x_s + covariance.multiply(guidance.to(x_s.dtype), point)
+    cost = StepCost()
+    if not point.bridge.is_last and z is not None:
+        draw = covariance.draw(z.to(x_s.dtype), point, memory)
+        x_s, cost, memory = x_s + draw.noise, draw.cost, draw.memory
+    dtype = point.x_t.dtype
+    return ReverseStep(x_s=x_s.to(dtype), x_0=x_0.to(dtype), cost=cost, memory=memory)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingRecord:
-    """What a run of ``sample`` cost: per step the products taken, the largest estimated error, the samples that failed.
+    """What a run cost, step by step: products taken, products used per sample (mean), largest estimated error.
 
-    ``evaluations`` counts a forward pass as 1 and a Jacobian product as 1 (the published accounting, 1 + m per step).
+    ``failed`` counts samples that fell back to the floor covariance at least once. ``evaluations`` counts a forward pass
+    as 1 and a Jacobian product as 1 (the published accounting, 1 + m per step).
     """
 
     products: tuple[int, ...]
     mean_steps: tuple[float, ...]
     max_error: tuple[float, ...]
     failed: int
+
+    @classmethod
+    def of(cls, costs: Sequence[StepCost]) -> "SamplingRecord":
+        """The record of a chain from its steps."""
+        failed = [cost.failed for cost in costs if cost.failed is not None]
+        return cls(
+            products=tuple(cost.products for cost in costs),
+            mean_steps=tuple(0.0 if cost.steps is None else float(cost.steps.double().mean()) for cost in costs),
+            max_error=tuple(math.nan if cost.error is None else float(cost.error.max()) for cost in costs),
+            failed=int(torch.stack(failed).any(dim=0).sum()) if failed else 0,
+        )
 
     @property
     def evaluations(self) -> int:
@@ -454,10 +486,7 @@ def sample(
     x = x_T
     memory = None
     linearization: Linearization | None = None
-    products: list[int] = []
-    mean_steps: list[float] = []
-    max_error: list[float] = []
-    failed = torch.zeros(len(x), dtype=torch.bool)
+    costs: list[StepCost] = []
     ends = [*times[1:], 0.0]
     for index, (t, s) in enumerate(tqdm(list(zip(times, ends, strict=True)), disable=not progress, desc="sampling")):
         bridge = denoiser.path.bridge(t, s, eta=eta)
@@ -484,26 +513,12 @@ def sample(
         )
         gradient = None if log_prob_gradient is None else guidance_scale * log_prob_gradient(x, t)
         z = None if bridge.is_last else standard_normal(x, generator)
-        x, draw = reverse_step(point, covariance, z, clip=clip, guidance=gradient, memory=memory)
-        if draw is not None:
-            memory = draw.memory
-            products.append(draw.products)
-            mean_steps.append(float(draw.steps.double().mean()) if draw.steps is not None else float(draw.products))
-            max_error.append(float(draw.error.max()) if draw.error is not None else math.nan)
-            failed |= draw.failed if draw.failed is not None else False
-        else:
-            products.append(0)
-            mean_steps.append(0.0)
-            max_error.append(0.0)
+        step = reverse_step(point, covariance, z, clip=clip, guidance=gradient, memory=memory)
+        x, memory = step.x_s, step.memory
+        costs.append(step.cost)
         if callback is not None:
             callback(index, s, x)
-    record = SamplingRecord(
-        products=tuple(products),
-        mean_steps=tuple(mean_steps),
-        max_error=tuple(max_error),
-        failed=int(failed.sum()),
-    )
-    return x, record
+    return x, SamplingRecord.of(costs)
 
 
 def standard_normal(

@@ -1,0 +1,108 @@
+r"""From what a pipeline hands to its scheduler back to the network calls it was mixed from.
+
+Between two scheduler steps a pipeline may call its network once on the batch, once on the batch doubled for
+classifier-free guidance, or several times in a row; then it mixes the outputs outside the network and hands on one tensor.
+The Jacobian of that tensor is the same mixture of the calls' Jacobians. The mixture is linear in the outputs, so it can be
+read off the numbers: the weights that reproduce the tensor exactly. Nothing needs to be known of the pipeline, and a
+mixture that is not linear is noticed instead of being sampled wrongly.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from wellposed.lgs.jacobian import Linearization
+
+__all__ = ["NetworkCalls"]
+
+# A mixture of half-precision outputs is itself rounded; guidance amplifies that by its scale.
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+@dataclass(eq=False)
+class NetworkCalls:
+    """The linearised network calls since the last scheduler step."""
+
+    calls: list[Linearization] = field(default_factory=list)
+
+    def add(self, call: Linearization) -> None:
+        """Another call. Beyond what one step can use, the oldest is dropped with its graph."""
+        self.calls = [*self.calls[-3:], call]
+
+    def clear(self) -> None:
+        """Drops the calls and with them their graphs."""
+        self.calls = []
+
+    def take(self, mixed: Tensor) -> tuple[Linearization, int]:
+        """The linearisation of ``mixed`` in the sample that the calls were made at, and how often it repeats.
+
+        Returns:
+            A linearisation whose output is ``mixed``, cut to its first half where the pipeline steps a doubled batch
+            (both halves equal, as DiT's does), and the number of copies, 1 or 2. The calls are dropped.
+
+        Raises:
+            ValueError: if there is no call, or ``mixed`` is no linear mixture of the calls' outputs.
+        """
+        calls, self.calls = self.calls, []
+        if not calls:
+            raise ValueError(
+                "the model was not called between two scheduler steps, so there is no Jacobian; was the scheduler stepped "
+                "twice, or is a cache skipping the model? Disable the cache"
+            )
+        copies = 2 if self._is_doubled(mixed, calls) else 1
+        single = mixed[: len(mixed) // copies]
+        branches = [(call, part) for call in calls for part in range(len(call.output) // len(single))]
+        outputs = [self._branch(call.output, part, single) for call, part in branches]
+        weights = _mixture_weights(single, outputs)
+
+        def product(v: Tensor) -> Tensor:
+            total = torch.zeros_like(v)
+            for call in calls:
+                own = [weight for weight, (branch, _) in zip(weights, branches, strict=True) if branch is call]
+                total += _pulled_back(call, own, v)
+            return total
+
+        return Linearization(single, product), copies
+
+    @staticmethod
+    def _branch(output: Tensor, part: int, like: Tensor) -> Tensor:
+        rows = output[part * len(like) : (part + 1) * len(like)]
+        return rows[:, : like.shape[1]] if rows.ndim == like.ndim else rows
+
+    def _is_doubled(self, mixed: Tensor, calls: list[Linearization]) -> bool:
+        half = len(mixed) // 2
+        if len(calls) != 1 or len(mixed) != len(calls[0].output) or len(mixed) % 2 or half == 0:
+            return False
+        output = self._branch(calls[0].output, 0, mixed)
+        # An unguided batch passes through as it is; guidance leaves two equal halves of a mixture.
+        return torch.equal(mixed[:half], mixed[half:]) and not torch.equal(mixed, output)
+
+
+def _mixture_weights(mixed: Tensor, outputs: list[Tensor]) -> list[float]:
+    matrix = torch.stack([output.flatten().double() for output in outputs], dim=1)
+    target = mixed.flatten().double()
+    # The normal equations are tiny; equal branches make them singular, where the pseudo-inverse shares the weight.
+    weights = torch.linalg.pinv(matrix.mT @ matrix, hermitian=True, rtol=1e-12) @ (matrix.mT @ target)
+    scale = max(float(target.norm()), torch.finfo(torch.float64).tiny)
+    error = float((matrix @ weights - target).norm()) / scale
+    if error > _TOLERANCE.get(mixed.dtype, 1e-4) * max(1.0, float(weights.abs().sum())):
+        raise ValueError(
+            f"the scheduler received a tensor that is no linear mixture of the model's outputs (relative error {error:.1e}): "
+            "guidance_rescale, perturbed attention or dynamic thresholding outside the scheduler; switch it off"
+        )
+    return weights.tolist()
+
+
+def _pulled_back(call: Linearization, weights: list[float], v: Tensor) -> Tensor:
+    """sum_i w_i J_i v for the branches of one call, in one product: samples do not mix inside a network."""
+    stacked = torch.cat([weight * v for weight in weights])
+    channels = call.output.shape[1]
+    if stacked.ndim == call.output.ndim and stacked.shape[1] < channels:
+        padding = stacked.new_zeros(len(stacked), channels - stacked.shape[1], *stacked.shape[2:])
+        stacked = torch.cat([stacked, padding], dim=1)
+    image = call.product(stacked)
+    image = image[:, : v.shape[1]] if image.shape[1:] != v.shape[1:] else image
+    return image.reshape(len(weights), *v.shape).sum(dim=0)
+
+

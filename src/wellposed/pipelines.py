@@ -1,0 +1,5 @@
+"""Pipelines of our own; most methods need none and work in the stock ones (``wellposed.hooks``)."""
+
+from wellposed.lgs.pipeline import LanczosDDPMPipeline
+
+__all__ = ["LanczosDDPMPipeline"]
