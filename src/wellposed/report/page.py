@@ -33,7 +33,8 @@ __all__ = [
     "write_page",
 ]
 
-Cell = str | int | float | None
+Cell = str | int | float | tuple[float, float] | None
+"""What stands in a table: text, a number, a number and its uncertainty, or nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +93,7 @@ class Column:
 
     Attributes:
         title: its head; Markdown.
-        best: mark the least (``"min"``) or the greatest (``"max"``) number in it.
+        best: mark the least (``"min"``) or the greatest (``"max"``) number in it, and those that print like it.
         digits: significant digits of its floating-point numbers.
         align: by default numbers stand on the right, text on the left.
     """
@@ -109,7 +110,7 @@ class Table:
 
     Attributes:
         columns: a :class:`Column`, or its title only.
-        rows: text (Markdown), numbers, or None where there is nothing.
+        rows: text (Markdown), numbers, pairs of a number and its uncertainty, or None where there is nothing.
         caption: what to see in it; Markdown.
     """
 
@@ -259,9 +260,11 @@ def _item(item: Item) -> str:
 
 def _figure(figure: Figure) -> str:
     pictures = "\n".join(_image(picture, alt) for picture, alt in zip(figure.pictures, figure.alt, strict=True))
-    wide = ' class="wide"' if figure.wide or len(figure.pictures) > 1 else ""
+    count = len(figure.pictures)
+    columns = 3 if count % 3 == 0 else min(count, 2)
+    wide = ' class="wide"' if figure.wide or columns > 1 else ""
     return (
-        f'<figure{wide}>\n<div class="pictures">\n{pictures}\n</div>\n'
+        f'<figure{wide}>\n<div class="pictures" style="--columns:{columns}">\n{pictures}\n</div>\n'
         f"<figcaption>{_inline(figure.caption)}</figcaption>\n</figure>"
     )
 
@@ -276,7 +279,7 @@ def _grid(grid: Grid) -> str:
             parts.append("<div></div>" if picture is None else _image(picture, alt))
     cells = "\n".join(parts)
     return (
-        f'<figure class="wide">\n<div class="grid" style="--columns:{len(grid.column_labels)}">\n{cells}\n</div>\n'
+        f'<figure class="cells">\n<div class="grid" style="--columns:{len(grid.column_labels)}">\n{cells}\n</div>\n'
         f"<figcaption>{_inline(grid.caption)}</figcaption>\n</figure>"
     )
 
@@ -315,7 +318,9 @@ def _table(table: Table) -> str:
             if index == 0:
                 body += f'<th scope="row" class="{align}">{text}</th>'
             else:
-                winner = " best" if best[index] is not None and value == best[index] else ""
+                number = _value(value)
+                won = number is not None and best[index] == _significant(number, column.digits)
+                winner = " best" if won else ""
                 body += f'<td class="{align}{winner}">{text}</td>'
         body += "</tr>\n"
     # Reachable by keyboard, which alone lets it be scrolled without a mouse.
@@ -326,29 +331,38 @@ def _table(table: Table) -> str:
     )
 
 
-def _is_number(value: Cell) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _value(cell: Cell) -> float | None:
+    """The finite number in a cell, if there is one."""
+    number = cell[0] if isinstance(cell, tuple) else cell
+    if isinstance(number, str) or number is None or not math.isfinite(number):
+        return None
+    return float(number)
 
 
-def _natural_align(values: Sequence[Cell]) -> str:
-    return "right" if any(_is_number(value) for value in values) else "left"
+def _natural_align(cells: Sequence[Cell]) -> str:
+    return "right" if any(_value(cell) is not None for cell in cells) else "left"
 
 
-def _best(column: Column, values: Sequence[Cell]) -> int | float | None:
-    numbers = [value for value in values if isinstance(value, int | float) and _is_number(value)]
+def _best(column: Column, cells: Sequence[Cell]) -> str | None:
+    """The best number of a column as it is printed: what prints alike is equally good."""
+    numbers = [number for number in map(_value, cells) if number is not None]
     if column.best is None or not numbers:
         return None
-    return min(numbers) if column.best == "min" else max(numbers)
+    return _significant(min(numbers) if column.best == "min" else max(numbers), column.digits)
 
 
-def _cell(value: Cell, digits: int) -> str:
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+def _cell(cell: Cell, digits: int) -> str:
+    if isinstance(cell, str):
+        return _inline(cell)
+    number = _value(cell)
+    if number is None:
         return "–"
-    if isinstance(value, str):
-        return _inline(value)
-    if isinstance(value, int):
-        return f"{value:,}".replace(",", "\u202f").replace("-", "−")
-    return _significant(value, digits).replace("-", "−")
+    if isinstance(cell, int):
+        return f"{cell:,}".replace(",", "\u202f").replace("-", "−")
+    text = _significant(number, digits)
+    if isinstance(cell, tuple):
+        text += f" ± {_significant(cell[1], 2)}"
+    return text.replace("-", "−")
 
 
 def _significant(value: float, digits: int) -> str:

@@ -86,6 +86,7 @@ def image_grid(
 
     Raises:
         ValueError: labels and cells differ in number, or see :func:`tile_images`.
+        ImportError: matplotlib, whose font the labels are set in, is missing.
     """
     if len(row_labels) != len(cells) or any(len(row) != len(column_labels) for row in cells) or not cells:
         raise ValueError(
@@ -94,7 +95,7 @@ def image_grid(
         )
     tiles = [[Image.fromarray(_tile(_pixels(images), columns, 1).numpy()) for images in row] for row in cells]
     factor = max(1, -(-cell_width // tiles[0][0].width))
-    font = ImageFont.load_default(size=15)
+    font = ImageFont.truetype(_font_file(), size=14)
     margin, gap, line = 14, 12, 22
     width = max(tile.width for row in tiles for tile in row) * factor
     heights = [max(tile.height for tile in row) * factor for row in tiles]
@@ -115,6 +116,15 @@ def image_grid(
             sheet.paste(enlarged, (margin + column * (width + gap), top + line))
         top += line + height + gap
     return _encoded(sheet, pixelated=False)
+
+
+def _font_file() -> str:
+    # Pillow's own font has no Greek letters.
+    try:
+        from matplotlib import get_data_path
+    except ImportError as error:
+        raise ImportError("labels need matplotlib, which is not installed: pip install wellposed[plots]") from error
+    return str(Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")
 
 
 def _pixels(images: Float[Tensor, "batch channels height width"]) -> UInt8[Tensor, "batch height width 3"]:

@@ -7,7 +7,7 @@ written by the training loop), and pictures ``*.png`` in it or in ``samples/``. 
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -125,17 +125,9 @@ def smoothed(values: Sequence[float], window: int) -> list[float]:
 def _with_distinct_names(runs: Sequence[Run], folders: Sequence[Path]) -> list[Run]:
     names = [run.name for run in runs]
     return [
-        Run(name=_longer_name(folder) if names.count(run.name) > 1 else run.name, **_rest(run))
+        replace(run, name="/".join(folder.resolve().parts[-2:])) if names.count(run.name) > 1 else run
         for run, folder in zip(runs, folders, strict=True)
     ]
-
-
-def _longer_name(folder: Path) -> str:
-    return "/".join(folder.resolve().parts[-2:])
-
-
-def _rest(run: Run) -> dict[str, Any]:
-    return {"record": run.record, "steps": run.steps, "pictures": run.pictures}
 
 
 def _metrics_section(runs: Sequence[Run]) -> Section | None:

@@ -32,6 +32,7 @@ class MethodStyle:
         marker: matplotlib's letter.
         dash: of its line.
         hollow: markers are outlines.
+        width: of its line in points.
     """
 
     label: str
@@ -39,12 +40,13 @@ class MethodStyle:
     marker: str
     dash: Dash = "solid"
     hollow: bool = False
+    width: float = 1.5
 
 
 METHOD_STYLES: Mapping[str, MethodStyle] = MappingProxyType(
     {
-        "full": MethodStyle(label="full", color="#08417a", marker="o"),
-        "lgs": MethodStyle(label="LGS, adaptive m", color="#0072b2", marker="o"),
+        "full": MethodStyle(label="full", color="#08417a", marker="o", width=2.2),
+        "lgs": MethodStyle(label="LGS, adaptive m", color="#0072b2", marker="o", width=2.2),
         "lgs_1": MethodStyle(label="LGS, m = 1", color="#86c1ea", marker="^"),
         "lgs_2": MethodStyle(label="LGS, m = 2", color="#3f97d3", marker="v"),
         "lgs_3": MethodStyle(label="LGS, m = 3", color="#1a5fa3", marker="s"),
