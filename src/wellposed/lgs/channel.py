@@ -1,8 +1,9 @@
 r"""The Gaussian channel behind a diffusion path, and exact expectations over what comes out of it.
 
-A noisy sample divided by its noise scale is ``y = sqrt(SNR) x_0 + n`` with n standard normal, so whatever depends on the
-posterior of x_0 alone depends on a path through its SNR alone. For a mixture in one or two dimensions expectations over y
-are sums over a grid: the integrands are as smooth as the noise makes them, and the trapezoidal rule is exact to rounding.
+A noisy sample divided by its noise scale is ``y = sqrt(SNR) x_0 + n`` with n standard normal, so whatever depends on
+the posterior of x_0 alone depends on a path through its SNR alone. For a mixture in one or two dimensions expectations
+over y are sums over a grid: the integrands are as smooth as the noise makes them, and the trapezoidal rule is exact to
+rounding.
 """
 
 import dataclasses

@@ -218,11 +218,11 @@ def _assemble(
 def stationary_image_spectrum(
     size: int = 32, *, variance: float = 0.25, channel_shares: Sequence[float] = (1.0,)
 ) -> Float[Tensor, " dim"]:
-    """Eigenvalues of the covariance of a stationary (periodic) image model with the 1/f^2 power spectrum of photographs.
+    """Covariance eigenvalues of a stationary (periodic) image model with the 1/f^2 power spectrum of photographs.
 
-    Power is proportional to ``1 / max(|f|, 1/2)^2`` over the integer frequencies of a ``size`` x ``size`` image. The default
-    has the variance of a natural image in [-1, 1]; ``channel_shares=(0.9, 0.07, 0.03)`` is a colour image most of whose
-    variance is luminance.
+    Power is proportional to ``1 / max(|f|, 1/2)^2`` over the integer frequencies of a ``size`` x ``size`` image. The
+    default has the variance of a natural image in [-1, 1]; ``channel_shares=(0.9, 0.07, 0.03)`` is a colour image most
+    of whose variance is luminance.
 
     Args:
         size: height and width.
@@ -323,4 +323,4 @@ def _draw_quality(draw: CovarianceDraw, z: Tensor, exact: Tensor) -> tuple[float
 
 
 def _products_used(draw: CovarianceDraw) -> float:
-    return 0.0 if draw.steps is None else float(draw.steps.double().mean())
+    return 0.0 if draw.cost.steps is None else float(draw.cost.steps.double().mean())

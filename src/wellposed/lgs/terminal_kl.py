@@ -1,8 +1,8 @@
 """What a reverse chain *ends with*, against the exact density: the other number beside the path KL.
 
-The path KL bounds the terminal one from above and falls more slowly. With the exact mean, full covariances give a sampler
-of weak order 2 (terminal KL approaching O(1/T^4)), isotropic ones of weak order 1 (O(1/T^2)); path KLs are no rates of
-sample quality.
+The path KL bounds the terminal one from above and falls more slowly. With the exact mean, full covariances give a
+sampler of weak order 2 (terminal KL approaching O(1/T^4)), isotropic ones of weak order 1 (O(1/T^2)); path KLs are no
+rates of sample quality.
 """
 
 import dataclasses
@@ -57,7 +57,7 @@ def terminal_divergence(
     marginals = [_Marginal.at(oracle, noisy, spacing * _floor(noisy, clean), reach) for noisy, clean in steps]
     marginals.append(_Marginal.at(oracle, steps[-1][1], spacing * _floor(*steps[-1]), reach))
     density = marginals[0].density
-    for (noisy, clean), here, there in zip(steps, marginals[:-1], marginals[1:], strict=True):
+    for (_, clean), here, there in zip(steps, marginals[:-1], marginals[1:], strict=True):
         mean, variance = here.kernel(kind, clean)
         scaled = density * here.step / torch.sqrt(2 * math.pi * variance)
         density = torch.exp(-0.5 * (there.points - mean) ** 2 / variance) @ scaled
