@@ -29,7 +29,6 @@ network is fed           the training index 0..N-1   what ``timesteps`` says
 
 import inspect
 import math
-import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,7 +40,6 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.modeling_utils import ModelMixin as ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DModel
 from jaxtyping import Float
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -448,16 +446,21 @@ def _read(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {str(path)!r}; give the path of a .safetensors or .pth file")
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+        return (
+            load_file(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
+    except Exception as error:
+        # The format's own exception would have to be imported from pickle, which this package does not do.
+        if type(error).__name__ == "UnpicklingError":
+            raise ValueError(
+                f"{str(path)!r} holds Python objects other than tensors, and loading them could run code; if you trust "
+                "the file, save its state dict as .safetensors with safetensors.torch.save_file and give that"
+            ) from error
         raise ValueError(
-            f"{str(path)!r} holds Python objects other than tensors, and loading them could run code; if you trust the "
-            "file, save its state dict as .safetensors with safetensors.torch.save_file and give that"
+            f"{str(path)!r} cannot be read as a checkpoint ({type(error).__name__}): is the download complete?"
         ) from error
-    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{str(path)!r} cannot be read as a checkpoint: is the download complete?") from error
 
 
 def _state_dicts(held: Any, first_tensor: str, place: str = "") -> Iterator[tuple[str, dict[str, Tensor]]]:
