@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ ResizeFilter = Literal["nearest", "box", "bilinear", "bicubic", "lanczos"]
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
+@runtime_checkable
 class PixelSource(Protocol):
     """Where an image set keeps its pixels."""
 
