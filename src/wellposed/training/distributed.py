@@ -130,7 +130,9 @@ def shard_model(model: nn.Module, workers: Workers) -> None:
     for module in model.modules():
         if type(module).__name__ in names:
             fully_shard(module, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    # By default the outermost unit stays gathered after a forward pass until a backward pass comes: a model that was
+    # evaluated with its average would go on computing with that copy.
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)
     for method in ("encode", "decode"):
         if callable(getattr(model, method, None)):
             register_fsdp_forward_method(model, method)

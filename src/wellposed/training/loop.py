@@ -39,6 +39,9 @@ class Callback:
     def on_checkpoint(self, run: Run, path: Path) -> None:
         """After a checkpoint is complete; ``path`` is its folder."""
 
+    def on_end(self, run: Run) -> None:
+        """When training is over: finished, interrupted or failed."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TrainingResult:
@@ -103,6 +106,8 @@ def train(
         metrics = (
             stack.enter_context(closing(MetricsFile(folder / METRICS_FILE, run.step))) if workers.is_main else None
         )
+        for callback in callbacks:
+            stack.callback(callback.on_end, run)
         clock = _Clock(run.step, data.batch_size)
         while run.step < config.max_steps:
             run.advance(data)
