@@ -48,7 +48,7 @@ format: $(STAMP) ## ruff: mend what can be mended
 	$(BIN)/ruff format .
 
 types: $(STAMP) ## pyright
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 imports: $(STAMP) ## import-linter: who may import whom
 	$(BIN)/lint-imports

@@ -1,6 +1,6 @@
 """wellposed: exact counterparts for the underspecified defaults of diffusion models.
 
-Import from the front desk: ``wellposed.schedulers``, ``wellposed.pipelines``, ``wellposed.hooks``. Importing this
+Import from the front desk: ``wellposed.models``, ``.schedulers``, ``.pipelines``, ``.hooks``. Importing this
 package alone loads neither torch nor diffusers.
 
 Two kinds of names are resolved here on first use. They are for diffusers' loader, which reads ``["wellposed", "X"]``
@@ -18,6 +18,7 @@ __all__ = ["SAVED_CLASSES", "__version__"]
 __version__ = "0.1.0"
 
 SAVED_CLASSES: dict[str, str] = {
+    "FixedHeadsUNet2DModel": "wellposed.lgs.checkpoints",
     "LanczosDDPMPipeline": "wellposed.lgs.pipeline",
     "LanczosDDPMScheduler": "wellposed.lgs.scheduler",
     "LanczosFlowMatchScheduler": "wellposed.lgs.scheduler",

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 SEEDING = {
-    *("torch.manual_seed", "torch.random.manual_seed", "torch.cuda.manual_seed", "torch.cuda.manual_seed_all"),
+    *("torch.manual_seed", "torch.seed", "torch.random.manual_seed", "torch.default_generator.manual_seed"),
+    *("torch.cuda.manual_seed", "torch.cuda.manual_seed_all"),
     *("numpy.random.seed", "np.random.seed", "random.seed", "set_seed"),
 }
 MACHINE_PATH = re.compile(r"(?<![\w.~}])/(?:home|root|opt|tmp|mnt|work|Users)/\w|\.\./shared\b|\bfile:///")
@@ -22,8 +23,25 @@ def calls(tree: ast.Module) -> list[tuple[str, ast.Call]]:
 
 
 def test_nothing_seeds_globally(sources: dict[str, ast.Module]) -> None:
-    offenders = [f"{path}: {name}" for path, tree in sources.items() for name, _ in calls(tree) if name in SEEDING]
+    """Layers that draw (dropout) take no generator: they may be seeded inside ``torch.random.fork_rng`` only."""
+    offenders = []
+    for path, tree in sources.items():
+        forked = {id(call) for block in ast.walk(tree) if forks_the_generator(block) for call in ast.walk(block)}
+        offenders += [
+            f"{path}:{call.lineno}: {name}" for name, call in calls(tree) if name in SEEDING and id(call) not in forked
+        ]
     assert offenders == [], "pass a torch.Generator instead"
+
+
+def forks_the_generator(node: ast.AST) -> bool:
+    return isinstance(node, ast.With) and any("fork_rng(" in ast.unparse(item) for item in node.items)
+
+
+@pytest.mark.parametrize(
+    ("code", "forks"), [("with torch.random.fork_rng(devices=[]):\n x()", True), ("with torch.no_grad():\n x()", False)]
+)
+def test_forks_are_recognised(code: str, forks: bool) -> None:
+    assert forks_the_generator(ast.parse(code).body[0]) == forks
 
 
 def test_no_pickle_is_trusted(sources: dict[str, ast.Module], imports: dict[str, set[str]]) -> None:
