@@ -40,7 +40,9 @@ def save_image(
     path.parent.mkdir(parents=True, exist_ok=True)
     # Under another name first: whoever looks at the folder meanwhile, or after an interruption, sees no half picture.
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(partial, format="PNG", pnginfo=information)
+    Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(
+        partial, format="PNG", pnginfo=information
+    )
     partial.replace(path)
 
 

@@ -19,16 +19,14 @@ Images of 32 and 64 pixels are enlarged, which antialiasing leaves alone: there 
 values. Reference statistics must come from the same row as the samples.
 """
 
-import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Literal
 
-import safetensors.torch
 import torch
 from jaxtyping import Float
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -327,10 +325,13 @@ def _read_weights(path: Path) -> Mapping[str, Tensor]:
         )
     try:
         if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
+            return load_file(path)
         weights = torch.load(path, map_location="cpu", weights_only=True)
-    except (safetensors.SafetensorError, UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{str(path)!r} is no readable file of weights ({error}); expected {WEIGHTS_FILE}") from error
+    # Whatever the reader raises, the file is not one of weights: the formats share no exception.
+    except Exception as error:
+        raise ValueError(
+            f"{str(path)!r} is no readable file of weights ({type(error).__name__}); expected {WEIGHTS_FILE}"
+        ) from error
     if not isinstance(weights, Mapping):
         raise ValueError(f"{str(path)!r} holds a {type(weights).__name__}, not named tensors; expected {WEIGHTS_FILE}")
     return weights
