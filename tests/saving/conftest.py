@@ -84,7 +84,7 @@ def hub(tmp_path: Path) -> Iterator[tuple[Path, str]]:
 def fresh_python(tmp_path: Path) -> Callable[..., str]:
     """Run code in an interpreter that has imported nothing, with an empty hub cache; returns what it prints."""
 
-    def run(code: str, endpoint: str | None = None, fails: bool = False) -> str:
+    def run(code: str, endpoint: str | None = None) -> str:
         environment = {**os.environ, "HF_HOME": str(tmp_path / "cache"), "PYTHONWARNINGS": "ignore"}
         if endpoint:
             environment |= {"HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1"}
@@ -92,7 +92,7 @@ def fresh_python(tmp_path: Path) -> Callable[..., str]:
         done = subprocess.run(
             [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
         )
-        assert (done.returncode != 0) == fails, done.stdout + done.stderr
-        return done.stderr if fails else done.stdout
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
 
     return run

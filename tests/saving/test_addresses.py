@@ -217,34 +217,35 @@ def load(name: str, pipe: DiffusionPipeline, where: str) -> str:
     )
 
 
+def refused(load: str, because: str) -> str:
+    return (
+        f"try: {load}\n"
+        f"except ValueError as refusal: assert {because!r} in str(refusal), refusal\n"
+        "else: raise AssertionError('diffusers needs no help any more: saving.py can lose some')\n"
+    )
+
+
 def test_every_address_loads_from_a_hub(hub: tuple[Path, str], fresh_python: Callable[..., str]) -> None:
     root, endpoint = hub
     pipes = {name: home.build() for name, home in HOMES.items()}
-    code = SUMMARY + "import wellposed.schedulers\n"
     for name, pipe in pipes.items():
         pipe.save_pretrained(root / "someone" / name)
-        code += load(name, pipe, f"someone/{name}")
+    stock = "diffusers.DDPMPipeline.from_pretrained('someone/LanczosDDPMScheduler')"
+    code = SUMMARY + "import diffusers, wellposed\n" + refused(stock, "wellposed.py as defined in `model_index.json`")
+    code += "import wellposed.schedulers\n"
+    code += "".join(load(name, pipe, f"someone/{name}") for name, pipe in pipes.items())
     lines = fresh_python(code, endpoint).splitlines()
     assert [json.loads(line) for line in lines] == [summary(pipe) for pipe in pipes.values()]
 
 
-def test_stock_pipelines_find_our_schedulers_once_the_package_is_imported(
-    tmp_path: Path, fresh_python: Callable[..., str]
-) -> None:
+def test_stock_pipelines_find_us_once_the_package_is_imported(tmp_path: Path, fresh_python: Callable[..., str]) -> None:
     """``import wellposed`` alone is enough for a folder: the loader's question imports the room."""
     pipes = {name: home.build() for name, home in HOMES.items() if home.loader == "diffusers"}
-    code = SUMMARY
     for name, pipe in pipes.items():
         pipe.save_pretrained(tmp_path / name)
-    folder, absent = str(tmp_path / "LanczosDDPMScheduler"), "import diffusers\n"
-    code += absent + (
-        f"try: diffusers.DDPMPipeline.from_pretrained({folder!r})\n"
-        "except ValueError as refusal: assert 'import wellposed' in str(refusal), refusal\n"
-        "else: raise AssertionError('loaded without the package')\n"
-        "import wellposed\n"
-    )
-    for name, pipe in pipes.items():
-        code += load(name, pipe, str(tmp_path / name))
+    stock = f"diffusers.DDPMPipeline.from_pretrained({str(tmp_path / 'LanczosDDPMScheduler')!r})"
+    code = SUMMARY + "import diffusers\n" + refused(stock, "import wellposed") + "import wellposed\n"
+    code += "".join(load(name, pipe, str(tmp_path / name)) for name, pipe in pipes.items())
     lines = fresh_python(code).splitlines()
     assert [json.loads(line) for line in lines] == [summary(pipe) for pipe in pipes.values()]
 
