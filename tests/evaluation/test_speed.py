@@ -19,14 +19,14 @@ def test_calls_take_turns_and_warm_up():
     assert comparison.baseline == "a"
 
 
-def test_ratio_of_a_known_wait():
-    comparison = time_calls(
-        {"short": lambda: time.sleep(0.005), "long": lambda: time.sleep(0.015)}, repeats=5, warmup=0
-    )
-    assert 2.0 < comparison.ratio("long").median < 4.0
-    assert comparison.ratio("short").median == 1.0
-    # Sleeping costs no processor time: the two clocks measure different things.
-    assert comparison.timings["long"].seconds("process").median < 0.2 * comparison.timings["long"].seconds().median
+def test_the_two_clocks_measure_different_things():
+    """Sleeping takes elapsed time and no processor time; bounds that a busy machine cannot break."""
+    comparison = time_calls({"nothing": lambda: None, "sleep": lambda: time.sleep(0.03)}, repeats=4, warmup=0)
+    asleep = comparison.timings["sleep"]
+    assert min(asleep.wall_times) >= 0.03
+    assert sum(asleep.process_times) < 0.5 * sum(asleep.wall_times)
+    assert comparison.ratio("nothing").median == 1.0
+    assert comparison.ratio("sleep").median > 1.0
 
 
 def test_ratios_are_taken_within_rounds():
