@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from matplotlib.transforms import Affine2D
 from numpy.typing import NDArray
 
 from wellposed.report.pictures import INK, PAPER
-from wellposed.report.series import Panel, Reference, Series, as_floats, decay_factor, fitted_slope
+from wellposed.report.series import Number, Panel, Reference, Series, as_floats, decay_factor, fitted_slope
 from wellposed.report.styles import MethodStyle, method_style
 
 __all__ = ["SETTINGS", "draw_panels", "tick_label"]
@@ -84,7 +85,7 @@ def draw_panels(figure: Figure, row: Sequence[Panel]) -> None:
             bbox_to_anchor=(left + 8, legend),
             bbox_transform=Affine2D().scale(1 / 72) + figure.dpi_scale_trans,
             ncols=_legend_columns(panel),
-            handlelength=2.0,
+            handlelength=2.6,
             columnspacing=1.4,
             labelspacing=0.3,
             borderpad=0,
@@ -120,7 +121,7 @@ def _draw_series(axes: Axes, panel: Panel, series: Series, position: int) -> Lin
         low, high = as_floats(series.band[0]), as_floats(series.band[1])
         axes.fill_between(x, low, high, color=style.color, alpha=0.15, linewidth=0, zorder=2)
     if series.error is not None:
-        bars = {"ecolor": style.color, "elinewidth": 1, "capsize": 2, "zorder": 3}
+        bars: dict[str, Any] = {"ecolor": style.color, "elinewidth": 1, "capsize": 2, "zorder": 3}
         axes.errorbar(x, y, yerr=as_floats(series.error), fmt="none", **bars)
     look: dict[str, Any] = {
         "color": style.color,
@@ -198,7 +199,7 @@ def _set_log_ticks(axis: Any) -> None:
     axis.set_minor_locator(NullLocator())
 
 
-def tick_label(value: float, position: int | None = None) -> str:
+def tick_label(value: Number, position: int | None = None) -> str:
     """Plain digits where they are short, else a power of ten with Unicode superscripts.
 
     ``position`` is what matplotlib hands to a formatter, and unused.
@@ -263,7 +264,7 @@ def _points_on_lines(panel: Panel, to_points: Any) -> NDArray[np.float64]:
         corners = np.stack([as_floats(series.x), as_floats(series.y)], axis=1)
         corners = to_points(corners[np.isfinite(corners).all(axis=1)])
         covered.append(corners)
-        for start, end in zip(corners[:-1], corners[1:], strict=True):
+        for start, end in pairwise(corners):
             count = max(2, int(np.linalg.norm(end - start) / 2))
             covered.append(start + np.linspace(0, 1, count)[:, None] * (end - start))
     return np.concatenate(covered)

@@ -33,7 +33,7 @@ __all__ = [
     "write_page",
 ]
 
-Cell = str | int | float | tuple[float, float] | None
+Cell = str | int | float | tuple[float | int, float | int] | None
 """What stands in a table: text, a number, a number and its uncertainty, or nothing."""
 
 

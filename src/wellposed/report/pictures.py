@@ -66,7 +66,7 @@ def tile_images(images: Float[Tensor, "batch channels height width"], *, columns
 
 
 def image_grid(
-    cells: Sequence[Sequence[Float[Tensor, "batch channels height width"]]],
+    cells: Sequence[Sequence[Float[Tensor, "_batch _channels _height _width"]]],
     *,
     row_labels: Sequence[str],
     column_labels: Sequence[str],

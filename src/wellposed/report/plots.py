@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from wellposed.report.pictures import Picture
-from wellposed.report.series import Panel, Reference, Scale, Series, decay_factor, fitted_slope
+from wellposed.report.series import Number, Panel, Reference, Scale, Series, decay_factor, fitted_slope
 
 __all__ = [
     "Panel",
@@ -40,9 +40,9 @@ def lines(
     yscale: Scale = "linear",
     references: Sequence[Reference] = (),
     slopes: bool = False,
-    slope_range: tuple[float, float] | None = None,
+    slope_range: tuple[Number, Number] | None = None,
     markers: bool = True,
-    xticks: Sequence[float] | None = None,
+    xticks: Sequence[Number] | None = None,
 ) -> Panel:
     """Lines with markers, error bars or bands.
 
@@ -88,7 +88,7 @@ def scatter(
     xscale: Scale = "log",
     yscale: Scale = "log",
     references: Sequence[Reference] = (),
-    xticks: Sequence[float] | None = None,
+    xticks: Sequence[Number] | None = None,
 ) -> Panel:
     """Quality against cost: a point for each run, the runs of one method joined by a faint line.
 

@@ -11,7 +11,7 @@ import platform
 import re
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -37,6 +37,7 @@ __all__ = [
 
 Kind = Literal["train", "sample", "evaluate", "benchmark", "demo"]
 
+MAPPINGS = ("settings", "metrics", "machine", "versions", "commit")
 LIBRARIES = ("torch", "diffusers", "transformers", "numpy")
 
 
@@ -68,33 +69,21 @@ class Record:
 
     name: str
     kind: Kind
-    settings: dict[str, Any]
-    metrics: dict[str, Any]
+    settings: Mapping[str, Any]
+    metrics: Mapping[str, Any]
     seed: int | None
-    machine: dict[str, Any]
-    versions: dict[str, str]
-    commit: dict[str, Any] | None
+    machine: Mapping[str, Any]
+    versions: Mapping[str, str]
+    commit: Mapping[str, Any] | None
     started: str
-    seconds: float
-    notes: tuple[str, ...] = field(default=())
+    seconds: float | int
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
-            raise ValueError(
-                f"name is {self.name!r}; it becomes part of a file name: write letters, digits, '.', '_' and '-' only"
-            )
-        if self.kind not in get_args(Kind):
-            raise ValueError(f"kind is {self.kind!r}; write one of {', '.join(map(repr, get_args(Kind)))}")
-        if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int)):
-            raise ValueError(f"seed is {self.seed!r}; write an integer, or None where nothing was drawn")
-        _check_time(self.started, self.seconds)
+        _check_fields({f.name: getattr(self, f.name) for f in fields(self)})
         notes = list(self.notes)
-        for name in ("settings", "metrics", "machine", "versions", "commit"):
+        for name in MAPPINGS:
             value = getattr(self, name)
-            if value is None and name == "commit":
-                continue
-            if not isinstance(value, Mapping) and not is_dataclass(value):
-                raise ValueError(f"{name} is {type(value).__name__}; write a dictionary")
             object.__setattr__(self, name, _to_json(value, name, notes))
         object.__setattr__(self, "notes", tuple(dict.fromkeys(notes)))
 
@@ -122,18 +111,19 @@ def new_record(
         raise ValueError("started has no time zone, so it names no moment; write datetime.now(UTC)")
     if isinstance(notes, str):
         raise ValueError("notes is one string; write a sequence of strings: notes=('...',)")
+    found: list[str] = []
     return Record(
         name=name,
         kind=kind,
-        settings=settings,
-        metrics=cast("dict[str, Any]", metrics),
+        settings=_to_json(settings, "settings", found) if is_dataclass(settings) else settings,
+        metrics=metrics,
         seed=seed,
         machine=machine(),
         versions=versions(),
         commit=commit(),
         started=started.isoformat(timespec="seconds"),
         seconds=round((datetime.now(UTC) - started).total_seconds(), 3),
-        notes=tuple(notes),
+        notes=(*notes, *found),
     )
 
 
@@ -164,8 +154,11 @@ def read_record(path: Path) -> Record:
             "again with this version of wellposed"
         )
     try:
-        return Record(**cast("dict[str, Any]", {**content, "notes": tuple(content["notes"])}))
-    except (TypeError, ValueError) as error:
+        values = cast("dict[str, Any]", content)
+        _check_fields(values)
+        values["notes"] = tuple(values["notes"])
+        return Record(**values)
+    except ValueError as error:
         raise ValueError(f"{path} is not a record: {error}") from error
 
 
@@ -225,7 +218,7 @@ def machine() -> dict[str, Any]:
 
 def machine_slug(machine: Mapping[str, Any]) -> str:
     """A short name of a machine for file names: of its GPU, or of its CPU and number of cores."""
-    text = machine.get("gpu") or f"{machine.get('cpu') or 'cpu'} {machine.get('cores')} cores"
+    text = machine.get("gpu") or f"{machine.get('cpu') or 'unknown'} {machine.get('cores')} cores"
     text = re.sub(r"\((r|tm)\)|@.*?(?= \d+ cores|$)|\bcpu\b|\bprocessor\b", "", text.lower())
     return re.sub(r"[^a-z0-9]+", "-", text).strip("-")
 
@@ -310,15 +303,34 @@ def _git(folder: Path, *arguments: str) -> str | None:
     return done.stdout.strip()
 
 
-def _check_time(started: str, seconds: float) -> None:
+def _check_fields(content: Mapping[str, Any]) -> None:
+    """Refuse what is no record, whether it was read or made by hand."""
+    name, kind, seed, seconds, notes = (content[key] for key in ("name", "kind", "seed", "seconds", "notes"))
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise ValueError(
+            f"name is {name!r}; it becomes part of a file name: write letters, digits, '.', '_' and '-' only"
+        )
+    if kind not in get_args(Kind):
+        raise ValueError(f"kind is {kind!r}; write one of {', '.join(map(repr, get_args(Kind)))}")
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+        raise ValueError(f"seed is {seed!r}; write an integer, or None where nothing was drawn")
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds < math.inf:
+        raise ValueError(f"seconds is {seconds!r}; write the duration, a number >= 0")
+    for key in MAPPINGS:
+        if not isinstance(content[key], Mapping) and not (key == "commit" and content[key] is None):
+            raise ValueError(f"{key} is a {type(content[key]).__name__}; write a dictionary")
+    if not isinstance(notes, list | tuple) or not all(isinstance(note, str) for note in cast("list[Any]", notes)):
+        raise ValueError(f"notes is {notes!r}; write a sequence of strings: notes=('...',)")
+    _check_moment(content["started"])
+
+
+def _check_moment(started: Any) -> None:
     try:
         moment = datetime.fromisoformat(started)
     except (TypeError, ValueError) as error:
         raise ValueError(f"started is {started!r}; write an ISO 8601 time: datetime.now(UTC).isoformat()") from error
     if moment.tzinfo is None:
         raise ValueError(f"started is {started!r}, without an offset from UTC; write datetime.now(UTC).isoformat()")
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds < math.inf:
-        raise ValueError(f"seconds is {seconds!r}; write the duration, a number >= 0")
 
 
 def _to_json(value: Any, place: str, notes: list[str]) -> Any:

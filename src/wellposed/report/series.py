@@ -8,10 +8,12 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Numbers", "Panel", "Reference", "Scale", "Series", "as_floats", "decay_factor", "fitted_slope"]
+__all__ = ["Number", "Numbers", "Panel", "Reference", "Scale", "Series", "as_floats", "decay_factor", "fitted_slope"]
 
 Scale = Literal["linear", "log"]
-Numbers = Sequence[float | None]
+# int is named beside float for checkers at run time, which do not take one for the other.
+Number = float | int
+Numbers = Sequence[Number | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +68,7 @@ class Reference:
     """
 
     label: str
-    y: float | Numbers
+    y: Number | Numbers
     x: Numbers | None = None
 
     def __post_init__(self) -> None:
@@ -96,10 +98,10 @@ class Panel:
     yscale: Scale
     references: tuple[Reference, ...]
     slopes: bool
-    slope_range: tuple[float, float] | None
+    slope_range: tuple[Number, Number] | None
     connect: float
     markers: bool
-    xticks: tuple[float, ...] | None
+    xticks: tuple[Number, ...] | None
 
     def __post_init__(self) -> None:
         if not self.series:
@@ -116,7 +118,7 @@ def as_floats(values: Numbers) -> NDArray[np.float64]:
     return np.array([math.nan if value is None else float(value) for value in values], dtype=np.float64)
 
 
-def fitted_slope(x: Numbers, y: Numbers, within: tuple[float, float] | None = None) -> float:
+def fitted_slope(x: Numbers, y: Numbers, within: tuple[Number, Number] | None = None) -> float:
     """Least-squares slope of log y over log x: the order of a rate, -2 for y = c / x**2.
 
     Args:
@@ -131,7 +133,7 @@ def fitted_slope(x: Numbers, y: Numbers, within: tuple[float, float] | None = No
     return _least_squares(np.log(positions[positions > 0]), np.log(values[positions > 0]))
 
 
-def decay_factor(x: Numbers, y: Numbers, within: tuple[float, float] | None = None) -> float:
+def decay_factor(x: Numbers, y: Numbers, within: tuple[Number, Number] | None = None) -> float:
     """By what y is multiplied each time x grows by one, by least squares on log y: 1/3 for y = c 3**-x.
 
     Arguments and nan as in :func:`fitted_slope`; x may be zero or negative.
@@ -141,7 +143,7 @@ def decay_factor(x: Numbers, y: Numbers, within: tuple[float, float] | None = No
 
 
 def _usable(
-    x: Numbers, y: Numbers, within: tuple[float, float] | None
+    x: Numbers, y: Numbers, within: tuple[Number, Number] | None
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     positions, values = as_floats(x), as_floats(y)
     low, high = within or (-math.inf, math.inf)

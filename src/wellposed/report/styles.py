@@ -45,23 +45,23 @@ class MethodStyle:
 
 METHOD_STYLES: Mapping[str, MethodStyle] = MappingProxyType(
     {
-        "full": MethodStyle(label="full", color="#08417a", marker="o", width=2.2),
+        "full": MethodStyle(label="full", color="#132d7d", marker="o", hollow=True, width=2.2),
         "lgs": MethodStyle(label="LGS, adaptive m", color="#0072b2", marker="o", width=2.2),
-        "lgs_1": MethodStyle(label="LGS, m = 1", color="#86c1ea", marker="^"),
-        "lgs_2": MethodStyle(label="LGS, m = 2", color="#3f97d3", marker="v"),
-        "lgs_3": MethodStyle(label="LGS, m = 3", color="#1a5fa3", marker="s"),
-        "lgs_amortized": MethodStyle(label="LGS, amortised", color="#2b6cb8", marker="D", dash="dashed", hollow=True),
-        "lgs_preconditioned": MethodStyle(label="LGS, DCT", color="#5aa9dd", marker="P", dash="dashdot"),
-        "beta": MethodStyle(label="β", color="#9a9a9a", marker="X", dash="dotted"),
-        "beta_tilde": MethodStyle(label="β̃", color="#4a4a4a", marker="P", dash="dashed"),
+        "lgs_1": MethodStyle(label="LGS, m = 1", color="#8fc2fd", marker="^"),
+        "lgs_2": MethodStyle(label="LGS, m = 2", color="#4f8ae4", marker="v"),
+        "lgs_3": MethodStyle(label="LGS, m = 3", color="#004cb0", marker="d"),
+        "lgs_amortized": MethodStyle(label="LGS, amortised", color="#5a74e4", marker="D", dash="dashed", hollow=True),
+        "lgs_preconditioned": MethodStyle(label="LGS, DCT", color="#6cadfc", marker="P", dash="dashdot"),
+        "beta": MethodStyle(label="β", color="#a8a8a8", marker="X", dash="dotted"),
+        "beta_tilde": MethodStyle(label="β̃", color="#353535", marker="P", dash="dashed"),
         "analytic": MethodStyle(label="Analytic", color="#e69f00", marker="s"),
         "isotropic": MethodStyle(label="isotropic", color="#d55e00", marker="s", hollow=True),
-        "diagonal": MethodStyle(label="diagonal", color="#8e2f7c", marker="D"),
-        "npr": MethodStyle(label="NPR", color="#dfa3c8", marker="<"),
-        "sn": MethodStyle(label="SN", color="#cc79a7", marker=">"),
-        "ocm": MethodStyle(label="OCM", color="#8e2f7c", marker="D"),
+        "diagonal": MethodStyle(label="diagonal", color="#984a78", marker="D"),
+        "npr": MethodStyle(label="NPR", color="#cdb0d9", marker="<"),
+        "sn": MethodStyle(label="SN", color="#a372a3", marker=">"),
+        "ocm": MethodStyle(label="OCM", color="#6c2f67", marker="p"),
         "ddim": MethodStyle(label="DDIM", color="#009e73", marker="*", dash="dashed"),
-        "dpm_solver": MethodStyle(label="DPM-Solver++", color="#00634a", marker="h", dash="dashdot", hollow=True),
+        "dpm_solver": MethodStyle(label="DPM-Solver++", color="#406635", marker="h", dash="dashdot", hollow=True),
     }
 )
 

@@ -1,0 +1,121 @@
+import json
+import math
+from datetime import UTC, datetime
+
+import pytest
+import torch
+
+from wellposed.report.pictures import tile_images
+from wellposed.report.record import new_record, write_record
+from wellposed.report.run_page import read_metrics, read_run, report_runs, smoothed
+
+
+def make_run(folder, *, rate=0.001, frechet=3.25, steps=60):
+    folder.mkdir(parents=True)
+    rows = [
+        {"step": s, "model/loss": 1 / s, "model/grad_norm": 1.0, "samples_per_second": 9.5} for s in range(1, steps)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    record = new_record(
+        "lgs_tiny",
+        "train",
+        settings={"optimizer": {"rate": rate, "betas": [0.9, 0.999]}, "compile": False},
+        metrics={"frechet": {"25": frechet}},
+        seed=7,
+        started=datetime.now(UTC),
+        notes=["a remark"],
+    )
+    write_record(record, folder / "record.json")
+    (folder / "samples").mkdir()
+    for step in (10, 50):
+        content = tile_images(torch.zeros(4, 1, 8, 8), columns=2).data
+        (folder / "samples" / f"step-{step:06}.png").write_bytes(content)
+    return folder
+
+
+def test_the_page_of_two_runs_sets_them_side_by_side(tmp_path):
+    runs = [make_run(tmp_path / "first"), make_run(tmp_path / "second", rate=0.01, frechet=2.5)]
+    out = report_runs(runs, tmp_path / "report.html")
+    html = out.read_text()
+    assert out == tmp_path / "report.html"
+    assert "<title>Runs compared</title>" in html
+    row = html.split("<code>frechet.25</code>")[1].split("</tr>")[0]
+    assert "3.250" in row
+    assert "2.500" in row
+    settings = html.split('<section id="settings">')[1]
+    for words in ("optimizer.rate", "0.01000", "0.9, 0.999", "compile", "False", "a remark", ">7<"):
+        assert words in settings, words
+    assert html.count("data:image/svg+xml") == 1
+    assert html.count("data:image/png") == 4
+    assert html.index("step-000050") < html.index("step-000010")
+    assert "<strong>Machine</strong>" in html
+    assert str(tmp_path) not in html
+
+
+def test_a_run_that_is_not_finished_is_shown_as_far_as_it_is(tmp_path):
+    folder = make_run(tmp_path / "young")
+    (folder / "record.json").unlink()
+    html = report_runs([folder], tmp_path / "r.html").read_text()
+    assert "No record yet of <code>young</code>" in html
+    assert 'id="curves"' in html
+    assert 'id="metrics"' not in html
+
+
+def test_runs_of_one_name_are_told_apart_by_their_parents(tmp_path):
+    runs = [make_run(tmp_path / "a" / "run"), make_run(tmp_path / "b" / "run")]
+    html = report_runs(runs, tmp_path / "r.html").read_text()
+    assert "<code>a/run</code>" in html
+    assert "<code>b/run</code>" in html
+
+
+def test_without_logged_losses_there_is_no_curve(tmp_path):
+    folder = make_run(tmp_path / "run", steps=1)
+    assert 'id="curves"' not in report_runs([folder], tmp_path / "r.html").read_text()
+
+
+def test_losses_that_are_not_numbers_do_not_stop_the_page(tmp_path):
+    folder = make_run(tmp_path / "run")
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 60, "model/loss": null}\n{"step": 61, "model/loss": -1.0}\n{"step": 62, "other": 1}\n')
+    assert 'id="curves"' in report_runs([folder], tmp_path / "r.html").read_text()
+
+
+def test_metrics_keep_the_last_line_of_a_step_and_drop_a_torn_one(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 2.0}\n\n{"step": 2, "loss": 1.0}\n{"step": 2, "loss": 0.5}\n{"step": 3, "lo')
+    assert [row["loss"] for row in read_metrics(path)] == [2.0, 0.5]
+
+
+def test_damaged_metrics_are_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1\n{"step": 2}\n')
+    with pytest.raises(ValueError, match="line 1 is not JSON"):
+        read_metrics(path)
+    path.write_text("[1]\n")
+    with pytest.raises(ValueError, match="line 1 holds a list"):
+        read_metrics(path)
+
+
+def test_only_the_latest_pictures_are_shown(tmp_path):
+    folder = make_run(tmp_path / "run")
+    for step in range(100, 110):
+        content = (folder / "samples" / "step-000010.png").read_bytes()
+        (folder / "samples" / f"step-{step:06}.png").write_bytes(content)
+    names = [name for name, _ in read_run(folder).pictures]
+    assert names == [f"step-{step:06}" for step in (109, 108, 107, 106)]
+
+
+def test_folders_without_a_run_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="at least one run"):
+        report_runs([], tmp_path / "r.html")
+    with pytest.raises(ValueError, match="not a folder"):
+        report_runs([tmp_path / "none"], tmp_path / "r.html")
+    with pytest.raises(ValueError, match=r"has no record\.json"):
+        report_runs([tmp_path], tmp_path / "r.html")
+
+
+def test_smoothing_is_a_mean_over_neighbours():
+    assert smoothed([1.0, 2.0, 6.0, math.nan], 1)[:3] == [1.0, 2.0, 6.0]
+    assert smoothed([1.0, 2.0, 6.0, math.nan], 3) == [1.5, 3.0, 4.0, 6.0]
+    assert math.isnan(smoothed([math.nan], 3)[0])
+    assert smoothed([4.0] * 9, 5) == [4.0] * 9
