@@ -5,6 +5,8 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import pytest
+
 HEAVY = ("torch", "diffusers", "transformers", "numpy", "scipy", "sklearn", "skimage", "matplotlib", "accelerate")
 
 
@@ -33,9 +35,10 @@ def test_importing_the_package_is_quick() -> None:
     assert min(float(run(code)) for _ in range(3)) < 0.1
 
 
-def test_asking_for_help_does_not_import_torch() -> None:
+@pytest.mark.parametrize("command", ["", "demo", "train", "sample", "evaluate", "report", "list"])
+def test_asking_for_help_does_not_import_torch(command: str) -> None:
     loaded = run(
-        "import sys; from wellposed.cli import main; sys.argv = ['wellposed', '--help']\n"
+        f"import sys; from wellposed.cli import main; sys.argv = ['wellposed', *{command.split()}, '--help']\n"
         "try: main()\n"
         "except SystemExit as leaving: assert not leaving.code, leaving.code\n"
         f"print('loaded:', *sorted(set(sys.modules) & set({HEAVY})))"
