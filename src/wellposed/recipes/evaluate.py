@@ -1,0 +1,209 @@
+"""``wellposed evaluate``: scores of a run, each with its card."""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wellposed.denoisers import NetworkDenoiser
+from wellposed.evaluation.features import FeatureExtractor, unit_images
+from wellposed.evaluation.frechet import FeatureStatistics, frechet_floor, frechet_score
+from wellposed.evaluation.inception import fid
+from wellposed.evaluation.scores import Score
+from wellposed.recipes.draw import draw_images, load_denoiser, resolved_device
+from wellposed.recipes.recipe import FeatureEvaluation, FIDEvaluation, Recipe
+from wellposed.recipes.run_folder import RunFolder, open_run, write_json
+
+__all__ = ["SamplingScore", "evaluate_run"]
+
+READING_BATCH = 500
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingScore:
+    """The score of one way of sampling.
+
+    Attributes:
+        steps: reverse steps T.
+        num_lanczos_steps: m.
+        count: images drawn.
+        seed: of the images.
+        metric: "FID" or "Frechet distance".
+        value: the score.
+        floor: what as many real images score against the others; None where the real images are not at hand.
+        evaluations: network evaluations of one image, products included.
+        failed: images that met a NaN or inf in a product.
+        seconds: wall-clock time, drawing and scoring.
+        card: what the score depends on.
+    """
+
+    steps: int
+    num_lanczos_steps: int
+    count: int
+    seed: int
+    metric: str
+    value: float
+    floor: float | None
+    evaluations: int
+    failed: int
+    seconds: float
+    card: Mapping[str, Any]
+
+    def is_of(self, steps: int, num_lanczos_steps: int, count: int, seed: int) -> bool:
+        """Whether it is the score of this way of sampling."""
+        return (self.steps, self.num_lanczos_steps, self.count, self.seed) == (steps, num_lanczos_steps, count, seed)
+
+
+def evaluate_run(
+    run: str | Path,
+    *,
+    count: int | None = None,
+    steps: int | None = None,
+    num_lanczos_steps: int | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    resume: bool = False,
+    recipe: Recipe | None = None,
+    on_progress: Callable[[int, int, int], None] = lambda steps, done, total: None,
+) -> list[SamplingScore]:
+    """Draw images at the recipe's step counts, score them, and keep the scores in the run's ``scores.json``.
+
+    Args:
+        run: the run's folder.
+        count: images for each score, None for the recipe's number.
+        steps: one number T of reverse steps, None for all of the recipe.
+        num_lanczos_steps: m, None for the recipe's.
+        seed: image i is a function of (seed, i).
+        device: "auto", "cpu", "cuda", ...
+        resume: take scores that are there already instead of computing them again.
+        recipe: in place of the listed recipe that the run names.
+        on_progress: called with (T, images drawn, images wanted).
+
+    Raises:
+        FileNotFoundError: reference statistics or weights of the extractor are missing.
+        ValueError: no such run, or settings out of range.
+    """
+    folder, recipe = open_run(run, recipe)
+    count = recipe.evaluation.num_samples if count is None else count
+    if count < 2:
+        raise ValueError(f"count is {count}; a covariance of features needs at least 2 images")
+    products = recipe.sampling.num_lanczos_steps if num_lanczos_steps is None else num_lanczos_steps
+    wanted = recipe.sampling.step_counts if steps is None else (steps,)
+    kept = _read_scores(folder)
+    chosen = resolved_device(device)
+    denoiser: NetworkDenoiser | None = None
+    judge: _Judge | None = None
+    scores: list[SamplingScore] = []
+    for num_steps in wanted:
+        found = [score for score in kept if score.is_of(num_steps, products, count, seed)]
+        if found and resume:
+            scores += found
+            continue
+        judge = judge or _judge(folder, recipe, count, chosen)
+        denoiser = denoiser or load_denoiser(folder.pipeline, chosen)
+        score = _score(denoiser, recipe, judge, num_steps, products, count, seed, on_progress)
+        scores.append(score)
+        kept = [*(other for other in kept if other not in found), score]
+        write_json(folder.scores_file, [asdict(one) for one in kept])
+    return scores
+
+
+@dataclass(frozen=True)
+class _Judge:
+    """Scores batches of images in [0, 1]."""
+
+    score: Callable[[Iterator[Tensor]], Score]
+    floor: float | None
+
+
+def _judge(folder: RunFolder, recipe: Recipe, count: int, device: torch.device) -> _Judge:
+    evaluation = recipe.evaluation
+    if isinstance(evaluation, FIDEvaluation):
+        weights = evaluation.inception.found_in(recipe.folder)
+        reference = evaluation.reference.found_in(recipe.folder)
+        return _Judge(lambda images: fid(images, weights=weights, reference=reference, device=device), None)
+    return _feature_judge(evaluation, folder, recipe, count, device)
+
+
+def _feature_judge(
+    evaluation: FeatureEvaluation, folder: RunFolder, recipe: Recipe, count: int, device: torch.device
+) -> _Judge:
+    extractor: FeatureExtractor = evaluation.extractor(folder.path, str(device))
+    dataset = recipe.training_images()
+    batches = (
+        unit_images(dataset.batch(range(start, min(start + READING_BATCH, len(dataset)))).images)
+        for start in range(0, len(dataset), READING_BATCH)
+    )
+    features = torch.cat([part.cpu() for part in extractor.batches(batches, image_format="8-bit")])
+    reference = FeatureStatistics.from_features(features)
+    few_enough = count < len(features)
+    generator = torch.Generator().manual_seed(0)
+    return _Judge(
+        lambda images: frechet_score(
+            images,
+            extractor=extractor,
+            reference=reference,
+            reference_name=dataset.name,
+            image_format="8-bit",
+        ),
+        frechet_floor(features, num_images=count, generator=generator) if few_enough else None,
+    )
+
+
+def _score(
+    denoiser: NetworkDenoiser,
+    recipe: Recipe,
+    judge: _Judge,
+    steps: int,
+    products: int,
+    count: int,
+    seed: int,
+    on_progress: Callable[[int, int, int], None],
+) -> SamplingScore:
+    evaluations, failed = 0, 0
+    started = time.perf_counter()
+
+    def batches() -> Iterator[Tensor]:
+        nonlocal evaluations, failed
+        done = 0
+        for images, record in draw_images(
+            denoiser,
+            recipe.sampling,
+            count=count,
+            num_inference_steps=steps,
+            num_lanczos_steps=products,
+            seed=seed,
+        ):
+            evaluations, failed = max(evaluations, record.evaluations), failed + record.failed
+            done += len(images)
+            on_progress(steps, done, count)
+            yield images
+
+    score = judge.score(batches())
+    return SamplingScore(
+        steps=steps,
+        num_lanczos_steps=products,
+        count=count,
+        seed=seed,
+        metric=score.card.metric,
+        value=score.value,
+        floor=judge.floor,
+        evaluations=evaluations,
+        failed=failed,
+        seconds=round(time.perf_counter() - started, 3),
+        card=score.to_dict(),
+    )
+
+
+def _read_scores(folder: RunFolder) -> list[SamplingScore]:
+    if not folder.scores_file.is_file():
+        return []
+    try:
+        return [SamplingScore(**entry) for entry in json.loads(folder.scores_file.read_text(encoding="utf-8"))]
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+        raise ValueError(f"{folder.scores_file} is damaged ({error}); move it away to score afresh") from error

@@ -1,0 +1,136 @@
+"""What a run leaves behind, and how it is found again.
+
+=====================  =====================================================================================
+``recipe.json``        the resolved settings; written first, so that a folder with it is a run
+``metrics.jsonl``      what training measured along the way
+``checkpoints/``       what training resumes from
+``pipeline/``          the network and its scheduler, for ``LanczosDDPMPipeline.from_pretrained``
+``samples/``           grids, and below them the single images, each with its seed inside
+``scores.json``        scores with their cards
+=====================  =====================================================================================
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from wellposed.recipes.index import recipe_named
+from wellposed.recipes.recipe import FIDEvaluation, Recipe
+
+__all__ = ["RunFolder", "open_run", "resolved_settings", "start_run", "write_json"]
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths within a run's folder."""
+
+    path: Path
+
+    @property
+    def settings_file(self) -> Path:
+        """The resolved settings."""
+        return self.path / "recipe.json"
+
+    @property
+    def pipeline(self) -> Path:
+        """The exported pipeline."""
+        return self.path / "pipeline"
+
+    @property
+    def samples(self) -> Path:
+        """Pictures."""
+        return self.path / "samples"
+
+    @property
+    def scores_file(self) -> Path:
+        """Scores."""
+        return self.path / "scores.json"
+
+    def settings(self) -> dict[str, Any]:
+        """The resolved settings.
+
+        Raises:
+            ValueError: the file is not one of ours.
+        """
+        try:
+            settings = json.loads(self.settings_file.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(
+                f"{self.settings_file} is damaged ({error}); start the run again in another folder"
+            ) from error
+        if not isinstance(settings, dict) or "recipe" not in settings:
+            raise ValueError(f"{self.settings_file} names no recipe; it was not written by `wellposed train`")
+        return settings
+
+
+def open_run(path: str | Path, recipe: Recipe | None = None) -> tuple[RunFolder, Recipe]:
+    """A run that has something to sample from, and its recipe.
+
+    Args:
+        path: its folder.
+        recipe: instead of the listed recipe of the name that the folder says.
+
+    Raises:
+        ValueError: no run there, one without an exported pipeline, or an unknown recipe.
+    """
+    run = RunFolder(Path(path))
+    if not run.settings_file.is_file():
+        what = "is no run folder (it has no recipe.json)" if run.path.exists() else "does not exist"
+        raise ValueError(f"{run.path} {what}; make a run with: wellposed train RECIPE --out {run.path}")
+    settings = run.settings()
+    recipe = recipe or recipe_named(settings["recipe"])
+    if not (run.pipeline / "model_index.json").is_file():
+        raise ValueError(
+            f"{run.path} has no pipeline yet: training has not reached its first checkpoint; go on with: "
+            f"wellposed train {settings['recipe']} --out {run.path} --resume"
+        )
+    return run, recipe
+
+
+def start_run(path: str | Path, recipe: Recipe, *, resume: bool) -> RunFolder:
+    """The folder for a new run, or for the same one to go on.
+
+    Raises:
+        ValueError: it holds a run and ``resume`` is False, a run of another recipe, or something else.
+    """
+    run = RunFolder(Path(path))
+    if run.path.exists() and not run.path.is_dir():
+        raise ValueError(f"{run.path} is a file; give --out a folder")
+    if run.settings_file.is_file():
+        if not resume:
+            raise ValueError(f"{run.path} already holds a run; add --resume to go on with it, or choose another --out")
+        found = run.settings()["recipe"]
+        if found != recipe.name:
+            raise ValueError(f"{run.path} holds a run of {found}, not of {recipe.name}; choose another --out")
+    elif run.path.is_dir() and any(run.path.iterdir()):
+        raise ValueError(f"{run.path} holds other files and no run; choose another --out")
+    run.path.mkdir(parents=True, exist_ok=True)
+    return run
+
+
+def resolved_settings(recipe: Recipe, **chosen: Any) -> dict[str, Any]:
+    """Everything in a recipe that is a plain value, and what was chosen for this run."""
+    evaluation: dict[str, Any] = {"metric": "Frechet distance", "num_samples": recipe.evaluation.num_samples}
+    if isinstance(recipe.evaluation, FIDEvaluation):
+        evaluation |= {"metric": "FID", "reference": recipe.evaluation.reference.path}
+    return {
+        "recipe": recipe.name,
+        "summary": recipe.summary,
+        "paper": recipe.paper,
+        "expected": recipe.expected,
+        "training": asdict(recipe.training),
+        "sampling": asdict(recipe.sampling),
+        "evaluation": evaluation,
+        **chosen,
+    }
+
+
+def write_json(path: Path, content: Mapping[str, Any] | list[Any]) -> None:
+    """Write JSON, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    partial.replace(path)
