@@ -1,5 +1,7 @@
 import json
 import math
+import os
+import time
 from datetime import UTC, datetime
 
 import pytest
@@ -29,7 +31,9 @@ def make_run(folder, *, rate=0.001, frechet=3.25, steps=60):
     (folder / "samples").mkdir()
     for step in (10, 50):
         content = tile_images(torch.zeros(4, 1, 8, 8), columns=2).data
-        (folder / "samples" / f"step-{step:06}.png").write_bytes(content)
+        path = folder / "samples" / f"step-{step:06}.png"
+        path.write_bytes(content)
+        os.utime(path, (step, step))
     return folder
 
 
@@ -43,7 +47,7 @@ def test_the_page_of_two_runs_sets_them_side_by_side(tmp_path):
     assert "3.250" in row
     assert "2.500" in row
     settings = html.split('<section id="settings">')[1]
-    for words in ("optimizer.rate", "0.01000", "0.9, 0.999", "compile", "False", "a remark", ">7<"):
+    for words in ("optimizer.rate", ">0.01<", "0.9, 0.999", "compile", "False", "a remark", ">7<"):
         assert words in settings, words
     assert html.count("data:image/svg+xml") == 1
     assert html.count("data:image/png") == 4
@@ -98,11 +102,14 @@ def test_damaged_metrics_are_named(tmp_path):
 
 def test_only_the_latest_pictures_are_shown(tmp_path):
     folder = make_run(tmp_path / "run")
-    for step in range(100, 110):
-        content = (folder / "samples" / "step-000010.png").read_bytes()
-        (folder / "samples" / f"step-{step:06}.png").write_bytes(content)
+    content = (folder / "samples" / "step-000010.png").read_bytes()
+    now = time.time()
+    for age, name in enumerate(["drawn-25", "step-000200", "step-000100", "step-000090", "step-000080"]):
+        path = folder / "samples" / f"{name}.png"
+        path.write_bytes(content)
+        os.utime(path, (now + 100 - age, now + 100 - age))
     names = [name for name, _ in read_run(folder).pictures]
-    assert names == [f"step-{step:06}" for step in (109, 108, 107, 106)]
+    assert names == ["drawn-25", "step-000200", "step-000100", "step-000090"]
 
 
 def test_folders_without_a_run_are_refused(tmp_path):

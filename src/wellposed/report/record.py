@@ -21,6 +21,7 @@ from wellposed import __version__
 from wellposed.report.files import write_atomically
 
 __all__ = [
+    "RECORD_FILE",
     "Kind",
     "Record",
     "commit",
@@ -36,6 +37,9 @@ __all__ = [
 ]
 
 Kind = Literal["train", "sample", "evaluate", "benchmark", "demo"]
+
+RECORD_FILE = "record.json"
+"""Name of the record in a run's own folder."""
 
 MAPPINGS = ("settings", "metrics", "machine", "versions", "commit")
 LIBRARIES = ("torch", "diffusers", "transformers", "numpy")

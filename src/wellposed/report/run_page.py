@@ -14,7 +14,8 @@ from typing import Any, cast
 from wellposed.report.page import Cell, Column, Figure, Item, Page, Section, Table, write_page
 from wellposed.report.pictures import Picture, read_png
 from wellposed.report.plots import Series, draw, lines
-from wellposed.report.record import Record, provenance, read_record
+from wellposed.report.record import RECORD_FILE, Record, provenance, read_record
+from wellposed.training import METRICS_FILE
 
 __all__ = ["Run", "read_metrics", "read_run", "report_runs", "smoothed"]
 
@@ -30,7 +31,7 @@ class Run:
         name: of the folder.
         record: None where the run left none, for instance because it is not finished.
         steps: the lines of ``metrics.jsonl``.
-        pictures: sample grids with the names of their files, the last ones first.
+        pictures: sample grids with the names of their files, the last written first.
     """
 
     name: str
@@ -76,10 +77,12 @@ def read_run(folder: Path) -> Run:
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; name the folder of a run")
-    record_file, metrics_file = folder / "record.json", folder / "metrics.jsonl"
-    names = sorted([*folder.glob("*.png"), *folder.glob("samples/*.png")], reverse=True)[:MOST_PICTURES]
+    record_file, metrics_file = folder / RECORD_FILE, folder / METRICS_FILE
+    # By time: grids of training and of later sampling are named differently.
+    files = [*folder.glob("*.png"), *folder.glob("samples/*.png")]
+    names = sorted(files, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)[:MOST_PICTURES]
     if not record_file.exists() and not metrics_file.exists() and not names:
-        raise ValueError(f"{folder} has no record.json, metrics.jsonl or *.png; name the folder of a run")
+        raise ValueError(f"{folder} has no {RECORD_FILE}, {METRICS_FILE} or *.png; name the folder of a run")
     return Run(
         name=folder.resolve().name,
         record=read_record(record_file) if record_file.exists() else None,
@@ -141,10 +144,12 @@ def _settings_section(runs: Sequence[Run]) -> Section | None:
         if run.record is not None:
             about: dict[str, Cell] = {
                 "started": run.record.started,
-                "seconds": run.record.seconds,
+                "seconds": str(run.record.seconds),
                 "seed": "none" if run.record.seed is None else str(run.record.seed),
             }
-            values[run.name] = about | _flat(run.record.settings)
+            chosen = _flat(run.record.settings)
+            # As they were written: a rate of 0.001 is not a measurement with four digits.
+            values[run.name] = about | {key: None if v is None else str(v) for key, v in chosen.items()}
     notes = [f"- {run.name}: {note}" for run in runs if run.record is not None for note in run.record.notes]
     return _comparison("settings", "Settings", values, "What was chosen for each run.", "\n".join(notes))
 
@@ -194,7 +199,7 @@ def _samples_section(runs: Sequence[Run]) -> Section | None:
     items: list[Item] = [
         Figure(
             pictures=tuple(picture for _, picture in run.pictures),
-            caption=f"`{run.name}`: {', '.join(name for name, _ in run.pictures)}.",
+            caption=f"**{run.name}**, the last first: {', '.join(name for name, _ in run.pictures)}.",
             alt=tuple(f"samples of {run.name}: {name}" for name, _ in run.pictures),
         )
         for run in runs
