@@ -1,0 +1,361 @@
+"""The command line: ``wellposed demo | list | train | sample | evaluate | report``.
+
+Thin on purpose: it parses, calls a function of the library, and says in one line what went wrong. Nothing heavy is
+imported before the arguments are understood, so that ``--help`` and ``list`` answer at once.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+if TYPE_CHECKING:
+    from wellposed.recipes.evaluate import SamplingScore
+    from wellposed.report.record import Kind
+
+__all__ = ["main"]
+
+TRACEBACK_VARIABLE = "WELLPOSED_TRACEBACK"
+FAILED, MISUSED, INTERRUPTED = 1, 2, 130
+
+DESCRIPTION = f"""Exact counterparts for the underspecified defaults of diffusion models.
+
+First steps: `wellposed demo` measures everything on a laptop in minutes; `wellposed list` shows the recipes;
+`wellposed train lgs_tiny` runs the smallest.
+
+Files of yours (published weights, data) are looked for in $WELLPOSED_DATA, else in data/. Nothing is downloaded. Exit
+codes: 0 done, 1 failed, 2 misused, 130 interrupted. Set {TRACEBACK_VARIABLE}=1 to see where an error comes from."""
+
+RECIPES_OWN = "(default: the recipe's)"
+
+Out = Annotated[Path, tyro.conf.arg(metavar="FOLDER", help="folder of the run")]
+Seed = Annotated[int, tyro.conf.arg(metavar="N", help="seed of everything random")]
+Device = Annotated[str, tyro.conf.arg(metavar="NAME", help="auto, cpu, cuda, cuda:1 or mps")]
+ReverseSteps = Annotated[int | None, tyro.conf.arg(metavar="T", help="reverse steps", help_behavior_hint=RECIPES_OWN)]
+Products = Annotated[
+    int | None,
+    tyro.conf.arg(
+        metavar="M", help="Jacobian products a reverse step, 0 for plain DDPM", help_behavior_hint=RECIPES_OWN
+    ),
+]
+RunArgument = Annotated[
+    Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help="folder of a run", help_behavior_hint="")
+]
+
+
+class _Misuse(Exception):
+    """What was asked for does not exist."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: arguments after the program's name; None takes the process's own.
+
+    Returns:
+        0 done, 1 failed, 2 misused, 130 interrupted.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    commands: dict[str, Callable[..., None]] = {
+        "demo": _demo,
+        "list": _list,
+        "train": _train,
+        "sample": _sample,
+        "evaluate": _evaluate,
+        "report": _report,
+    }
+    try:
+        if arguments and not arguments[0].startswith("-") and arguments[0] not in commands:
+            raise _Misuse(_unknown_command(arguments[0], commands))
+        tyro.extras.subcommand_cli_from_dict(
+            commands,
+            prog="wellposed",
+            description=DESCRIPTION,
+            args=arguments or ["--help"],
+            config=(tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone),
+        )
+    except SystemExit as leaving:
+        return leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
+    except KeyboardInterrupt:
+        return _say(INTERRUPTED, f"interrupted; run again to go on: {_again(arguments)}")
+    except _Misuse as error:
+        return _say(MISUSED, str(error))
+    except Exception as error:
+        if os.environ.get(TRACEBACK_VARIABLE):
+            raise
+        return _explain(error, arguments)
+    return 0
+
+
+def _demo(
+    out: Out = Path("runs/demo"),
+    steps: Annotated[
+        int | None,
+        tyro.conf.arg(metavar="N", help="training steps", help_behavior_hint="(default: enough for clear pictures)"),
+    ] = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    resume: Annotated[bool, tyro.conf.arg(help="keep what an earlier run has finished")] = False,
+) -> None:
+    """Train, sample and measure on real images and on an analytic target, and write a page of it."""
+    from wellposed.demo import run_demo
+
+    run_demo(out=out, steps=steps, seed=seed, device=device, resume=resume)
+
+
+def _list() -> None:
+    """Show the recipes: paper, what they do, the figure to expect, the files they need."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from wellposed.recipes import RECIPES
+
+    table = Table("recipe", "arXiv", "what it is, and the figure to expect", show_lines=True)
+    for build in RECIPES.values():
+        recipe = build()
+        needs = ", ".join(file.path for file in recipe.required_files())
+        about = Text(f"{recipe.summary}\nexpect: {recipe.expected}")
+        table.add_row(recipe.name, recipe.paper, about + Text(f"\nneeds: {needs}", "dim") if needs else about)
+    Console().print(table)
+
+
+def _train(
+    recipe: Annotated[
+        str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE", help="see: wellposed list", help_behavior_hint="")
+    ],
+    out: Annotated[
+        Path | None,
+        tyro.conf.arg(metavar="FOLDER", help="folder of the run", help_behavior_hint="(default: runs/RECIPE)"),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        tyro.conf.arg(
+            metavar="N",
+            help="training steps, from scratch",
+            help_behavior_hint="(default: the recipe's; none where it has published weights, which are taken)",
+        ),
+    ] = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    resume: Annotated[bool, tyro.conf.arg(help="go on with the run in FOLDER")] = False,
+) -> None:
+    """Train a recipe's network, or take its published weights, and export a pipeline."""
+    chosen = _recipe(recipe)
+    folder = Path("runs") / chosen.name if out is None else out
+    from wellposed.recipes.train import train_recipe
+
+    started = datetime.now(UTC)
+    trained = train_recipe(chosen, folder, steps=steps, seed=seed, device=device, resume=resume)
+    _keep_record(folder, chosen.name, "train", trained.settings, dict(trained.metrics), seed, started)
+    _tell(f"{folder}/pipeline is ready; draw from it with: wellposed sample {folder}")
+
+
+def _sample(
+    run: RunArgument,
+    count: Annotated[int, tyro.conf.arg(metavar="N", help="images to draw")] = 64,
+    steps: ReverseSteps = None,
+    num_lanczos_steps: Products = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+) -> None:
+    """Draw images from a run into its folder samples/."""
+    _require_run(run)
+    from wellposed.recipes.sample import sample_run
+
+    with _progress("drawing") as show:
+        drawn = sample_run(
+            run,
+            count=count,
+            steps=steps,
+            num_lanczos_steps=num_lanczos_steps,
+            seed=seed,
+            device=device,
+            on_progress=lambda done, total: show("images", done, total),
+        )
+    _tell(f"{drawn.count} images in {drawn.seconds:.1f} s, {drawn.evaluations} network evaluations each: {drawn.grid}")
+
+
+def _evaluate(
+    run: RunArgument,
+    count: Annotated[
+        int | None, tyro.conf.arg(metavar="N", help="images for each score", help_behavior_hint=RECIPES_OWN)
+    ] = None,
+    steps: Annotated[
+        int | None,
+        tyro.conf.arg(metavar="T", help="reverse steps", help_behavior_hint="(default: all counts of the recipe)"),
+    ] = None,
+    num_lanczos_steps: Products = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    resume: Annotated[bool, tyro.conf.arg(help="keep the scores that are there already")] = False,
+) -> None:
+    """Score a run's images at several numbers of steps, and keep the scores with their cards."""
+    _require_run(run)
+    from wellposed.recipes.evaluate import evaluate_run
+
+    started = datetime.now(UTC)
+    with _progress("scoring") as show:
+        scores = evaluate_run(
+            run,
+            count=count,
+            steps=steps,
+            num_lanczos_steps=num_lanczos_steps,
+            seed=seed,
+            device=device,
+            resume=resume,
+            on_progress=lambda num_steps, done, total: show(f"T = {num_steps}", done, total),
+        )
+    _show_scores(scores)
+    _record_scores(run, scores, seed, started)
+
+
+def _report(
+    runs: Annotated[
+        tuple[Path, ...],
+        tyro.conf.Positional,
+        tyro.conf.arg(metavar="RUN [RUN ...]", help="folders of runs", help_behavior_hint=""),
+    ],
+    out: Annotated[
+        Path | None,
+        tyro.conf.arg(metavar="FILE", help="the page", help_behavior_hint="(default: report.html in the first run)"),
+    ] = None,
+) -> None:
+    """Write one page that compares runs: losses, scores, samples, settings."""
+    if not runs:
+        raise _Misuse("no runs to report; name at least one folder: wellposed report runs/lgs_tiny")
+    from wellposed.report.run_page import report_runs
+
+    page = report_runs(list(runs), runs[0] / "report.html" if out is None else out)
+    _tell(f"wrote {page}")
+
+
+def _recipe(name: str) -> Any:
+    from wellposed.recipes import recipe_named
+
+    try:
+        return recipe_named(name)
+    except ValueError as error:
+        raise _Misuse(str(error)) from error
+
+
+def _require_run(path: Path) -> None:
+    """Say so before torch is loaded if there is nothing at ``path``."""
+    from wellposed.recipes.run_folder import open_run
+
+    open_run(path)
+
+
+def _keep_record(
+    run: Path,
+    name: str,
+    kind: "Kind",
+    settings: dict[str, Any],
+    metrics: dict[str, Any],
+    seed: int,
+    started: datetime,
+    notes: Sequence[str] = (),
+) -> None:
+    if int(os.environ.get("RANK", "0")) != 0:
+        return
+    from wellposed.report.record import new_record, write_record
+
+    record = new_record(name, kind, settings=settings, metrics=metrics, seed=seed, started=started, notes=notes)
+    write_record(record, run / "record.json")
+
+
+def _record_scores(run: Path, scores: "Sequence[SamplingScore]", seed: int, started: datetime) -> None:
+    """The record of the run with its scores beside what training measured."""
+    from wellposed.recipes.run_folder import RunFolder
+    from wellposed.report.record import read_record
+
+    kept = run / "record.json"
+    before: dict[str, Any] = dict(read_record(kept).metrics) if kept.is_file() else {}
+    measured = {f"{one.metric} T={one.steps} m={one.num_lanczos_steps}": one.value for one in scores}
+    settings = RunFolder(run).settings()
+    cards = [f"{one.metric} T={one.steps} m={one.num_lanczos_steps}: {_card(one)}" for one in scores]
+    _keep_record(run, settings["recipe"], "evaluate", settings, before | measured, seed, started, cards)
+
+
+def _card(score: "SamplingScore") -> str:
+    card = score.card
+    return (
+        f"{card['extractor']} {card['weights_hash'][:8]}, resize {card['resize']}, n = {card['num_images']}, reference "
+        f"{card['reference']} {card['reference_hash'][:8]}, images {card['image_format']}"
+    )
+
+
+def _show_scores(scores: "Sequence[SamplingScore]") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("T", "m", scores[0].metric, "real images", "evaluations", "seconds", caption=_card(scores[0]))
+    for one in scores:
+        floor = "" if one.floor is None else f"{one.floor:.4f}"
+        table.add_row(
+            *(str(one.steps), str(one.num_lanczos_steps), f"{one.value:.4f}", floor, str(one.evaluations)),
+            f"{one.seconds:.1f}",
+        )
+    Console().print(table)
+
+
+@contextmanager
+def _progress(title: str) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on a terminal, nothing elsewhere; yields ``show(label, done, total)``."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as progress:
+        task = progress.add_task(title, total=None)
+        yield lambda label, done, total: progress.update(task, description=label, completed=done, total=total)
+
+
+def _unknown_command(name: str, commands: Iterable[str]) -> str:
+    near = get_close_matches(name, commands, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(commands)}"
+    return f"there is no command {name!r}; {hint} (wellposed --help explains them)"
+
+
+def _explain(error: Exception, arguments: Sequence[str]) -> int:
+    """One line for an exception of the library."""
+    # Looked up, not imported: if torch has not been loaded yet, this is not the time.
+    interrupts: Any = sys.modules.get("wellposed.training.interrupts")
+    if interrupts is not None and isinstance(error, interrupts.TrainingInterrupted):
+        saved: Any = error
+        return _say(INTERRUPTED, f"stopped at step {saved.step} and saved; to go on: {_again(arguments)}")
+    if isinstance(error, ValueError | OSError | ImportError | ArithmeticError):
+        return _say(FAILED, str(error))
+    if type(error).__name__ == "OutOfMemoryError":
+        return _say(FAILED, "the device has no memory left; free some, or write --device cpu")
+    return _say(
+        FAILED,
+        f"unexpected {type(error).__name__}: {error}; set {TRACEBACK_VARIABLE}=1 to see where, and please report it",
+    )
+
+
+def _again(arguments: Sequence[str]) -> str:
+    """The command that goes on."""
+    resumable = bool(arguments) and arguments[0] in ("demo", "train", "evaluate") and "--resume" not in arguments
+    return " ".join(["wellposed", *arguments, *(["--resume"] if resumable else [])])
+
+
+def _say(code: int, message: str) -> int:
+    # One line, whatever the message: error messages of other libraries come with line breaks and frames.
+    sys.stderr.write(f"wellposed: {' '.join(message.split())}\n")
+    return code
+
+
+def _tell(message: str) -> None:
+    if int(os.environ.get("RANK", "0")) == 0:
+        sys.stdout.write(f"{message}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
