@@ -25,6 +25,7 @@ from wellposed.training import PlannedBatches, Player, StepContext, TrainingConf
 def _rank_main(rank: int, world_size: int, store: str, pipe: Connection, work: Callable[..., Any], args: Any) -> None:
     # Bytes: the pipe's own pickling would pass tensors as shared memory that dies with this process.
     answer = io.BytesIO()
+    torch.set_num_threads(1)  # OpenMP's threads did not come along, and it would wait for them
     try:
         dist.init_process_group("gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size)
         torch.save(("done", work(*args)), answer)
@@ -42,7 +43,7 @@ def _answer(pipe: Connection) -> tuple[str, Any]:
 
 @pytest.fixture
 def on_ranks(tmp_path: Path) -> Callable[..., list[Any]]:
-    """``on_ranks(world_size, work, *args)``: what ``work(*args)`` returns on each rank; a rank that fails, fails here."""
+    """``on_ranks(world_size, work, *args)``: what ``work(*args)`` returns on each rank; fails if one of them does."""
     calls = iter(range(1000))
 
     def run(world_size: int, work: Callable[..., Any], *args: Any) -> list[Any]:

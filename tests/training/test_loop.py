@@ -42,7 +42,12 @@ def rich_players(toy):
 
     return [
         toy.player(
-            name="first", model=toy.network(dropout=0.3), ema_decay=0.8, ema_start=2, lr_scheduler=decaying, clip_norm=0.3
+            name="first",
+            model=toy.network(dropout=0.3),
+            ema_decay=0.8,
+            ema_start=2,
+            lr_scheduler=decaying,
+            clip_norm=0.3,
         ),
         toy.player(
             name="second",
@@ -153,6 +158,7 @@ def forked(work):
     """``work`` in a child process; returns its id."""
     child = os.fork()
     if child == 0:
+        torch.set_num_threads(1)  # OpenMP's threads did not come along, and it would wait for them
         try:
             work()
             os._exit(0)
@@ -368,7 +374,11 @@ def test_metrics_and_callbacks(toy, tmp_path):
     lines = lines_of(tmp_path)
     assert [line["step"] for line in lines] == [2, 4]
     assert lines[1]["net/lr"] == pytest.approx(1e-2 * 0.9**3)
-    assert set(lines[0]) == {"step", "samples_per_second", *(f"net/{m}" for m in ("loss", "grad_norm", "lr", "largest"))}
+    assert set(lines[0]) == {
+        "step",
+        "samples_per_second",
+        *(f"net/{m}" for m in ("loss", "grad_norm", "lr", "largest")),
+    }
 
 
 def test_the_group_and_signals_are_put_back_after_a_failure(toy, tmp_path):
@@ -428,6 +438,7 @@ def test_a_loss_that_is_no_mean_is_refused(toy, tmp_path):
 
 
 @pytest.mark.compile
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # inductor's own imports
 def test_compiled_models_train_alike(toy, tmp_path):
     results = []
     for compiled in (False, True):

@@ -93,14 +93,18 @@ class CheckpointStore:
         """Fill ``state``, which has the structure of what was saved, in place; tensors are resharded as needed.
 
         Raises:
-            ValueError: if the checkpoint holds another structure or other shapes.
+            ValueError: if the checkpoint holds another structure or other shapes, or is damaged.
+            OSError: if it cannot be read.
         """
         try:
             load(state, storage_reader=FileSystemReader(path))
         except (CheckpointException, ValueError, RuntimeError) as error:
+            cause = _cause(error)
+            if isinstance(cause, OSError):
+                raise cause from None
             raise ValueError(
-                f"the checkpoint {path} does not fit these players ({_first_line(_cause(error))}); resume with the "
-                "models and optimizers that wrote it, or start afresh in another folder"
+                f"the checkpoint {path} does not fit these players ({_first_line(cause)}); resume with the models and "
+                "optimizers that wrote it, remove it to resume from the one before, or start in another folder"
             ) from error
 
     def progress(self, path: Path) -> Progress:

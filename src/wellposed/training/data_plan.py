@@ -1,9 +1,10 @@
 """The order of the data, as a pure function of the step."""
 
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import lru_cache
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Int
@@ -11,9 +12,10 @@ from torch import Tensor
 
 from wellposed.training.context import derived_seed
 
-__all__ = ["IndexedDataset", "PlannedBatches", "TrainingData", "to_device"]
+__all__ = ["IndexedDataset", "PlannedBatches", "Prefetched", "TrainingData", "to_device"]
 
 
+@runtime_checkable
 class TrainingData(Protocol):
     """What ``train`` trains on: the batch of any step, on demand."""
 
@@ -34,6 +36,7 @@ class TrainingData(Protocol):
         ...
 
 
+@runtime_checkable
 class IndexedDataset(Protocol):
     """A finite set in a fixed order, such as :class:`wellposed.data.images.ImageDataset`."""
 
@@ -111,11 +114,56 @@ class PlannedBatches:
         }
 
 
-# Two: with accumulated shares and a prefetching caller, an epoch's last and the next one's first batch alternate.
+# Two: shares and prefetching threads ask for the end of one epoch and the beginning of the next by turns.
 @lru_cache(maxsize=2)
 def _epoch_order(size: int, seed: int, epoch: int) -> Int[Tensor, " size"]:
     generator = torch.Generator().manual_seed(derived_seed(seed, "epoch", epoch))
     return torch.randperm(size, generator=generator)
+
+
+class Prefetched:
+    """The same batches, the next steps' fetched by threads meanwhile; for data that are slow to read or decode.
+
+    Only for data whose batches are a function of the step: rollouts of the model in training would come too early.
+
+    Args:
+        data: where the batches come from; called from several threads.
+        ahead: number of steps fetched in advance, each by a thread of its own.
+
+    Raises:
+        ValueError: ``ahead`` below 1.
+    """
+
+    def __init__(self, data: TrainingData, *, ahead: int = 2) -> None:
+        if ahead < 1:
+            raise ValueError(f"ahead is {ahead}; write at least 1, or use the data as they are")
+        self.data = data
+        self.ahead = ahead
+        self._threads = ThreadPoolExecutor(ahead, thread_name_prefix="prefetch")
+        self._pending: dict[tuple[int, int, int], Future[Any]] = {}
+
+    @property
+    def batch_size(self) -> int:
+        """That of the data."""
+        return self.data.batch_size
+
+    @property
+    def steps_per_epoch(self) -> int | None:
+        """That of the data, where they have epochs."""
+        return getattr(self.data, "steps_per_epoch", None)
+
+    def batch_at(self, step: int, part: int = 0, parts: int = 1) -> Any:
+        """See :class:`TrainingData`."""
+        self._pending = {key: fetch for key, fetch in self._pending.items() if key[0] >= step}
+        for later in range(step, step + self.ahead + 1):
+            key = (later, part, parts)
+            if key not in self._pending:
+                self._pending[key] = self._threads.submit(self.data.batch_at, *key)
+        return self._pending.pop((step, part, parts)).result()
+
+    def fingerprint(self) -> Mapping[str, int | str]:
+        """That of the data: fetching early changes nothing."""
+        return self.data.fingerprint()
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

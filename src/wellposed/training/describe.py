@@ -77,14 +77,13 @@ class RunDescription:
             for row in rows
         ]
         epochs = f", {self.max_steps / self.steps_per_epoch:.4g} epochs" if self.steps_per_epoch else ""
-        memory = _megabytes(self.bytes_per_rank)
         unknown = [p.name for p in self.players if p.optimizer_bytes is None]
         return "\n".join(
             [
                 *table,
-                f"steps: {self.max_steps:,} of {self.batch_size:,} samples{epochs}; {self.share:,} at a time on each rank",
-                f"memory on each rank: {memory} for weights, gradients, optimizer states and averages; activations come "
-                "on top",
+                f"steps: {self.max_steps:,} of {self.batch_size:,} samples{epochs}; {self.share:,} at a time on a rank",
+                f"memory on a rank: {_megabytes(self.bytes_per_rank)} for weights, gradients, optimizer states and "
+                "averages; activations come on top",
                 *(f"not counted: the optimizer of {name}" for name in unknown),
             ]
         )

@@ -79,7 +79,7 @@ def _gathered(model: nn.Module, is_main: bool) -> Any:
     # FSDP2 swaps the instance's class for a subclass of the model's and of its own.
     architecture: Any = next(cls for cls in type(model).__mro__ if not issubclass(cls, FSDPModule))
     copy = architecture.from_config(model.config)
-    copy.load_state_dict(weights)
+    copy.load_state_dict(weights, assign=True)  # takes over their dtypes too
     return copy
 
 

@@ -33,7 +33,7 @@ class Callback:
     def on_step_end(self, run: Run) -> None:
         """After every step."""
 
-    def on_log(self, run: Run, record: Mapping[str, float]) -> None:
+    def on_log(self, run: Run, record: Mapping[str, int | float]) -> None:
         """After every ``log_every``-th step, with the line written to ``metrics.jsonl``."""
 
     def on_checkpoint(self, run: Run, path: Path) -> None:

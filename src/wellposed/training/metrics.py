@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO, Protocol, runtime_checkable
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -23,7 +23,7 @@ class MetricsFile:
         _keep_lines_up_to(path, resumed_step)
         self._file: IO[str] = path.open("a")
 
-    def write(self, record: Mapping[str, float]) -> None:
+    def write(self, record: Mapping[str, int | float]) -> None:
         """Append a line, on the disk before this returns to the operating system's care."""
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
@@ -51,6 +51,7 @@ def _keep_lines_up_to(path: Path, step: int) -> None:
     fresh.replace(path)
 
 
+@runtime_checkable
 class ProgressReport(Protocol):
     """Where the main rank shows how far it is."""
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -13,6 +13,7 @@ from wellposed.training.context import StepContext
 __all__ = ["Objective", "Player", "check_players"]
 
 
+@runtime_checkable
 class Objective(Protocol):
     """A loss: called with every player's model by name, one share of the batch, and the step's context.
 

@@ -29,7 +29,7 @@ class TensorBoardLog(Callback):
         self.folder = Path(folder)
         self._writer: Any = None
 
-    def on_log(self, run: Run, record: Mapping[str, float]) -> None:
+    def on_log(self, run: Run, record: Mapping[str, int | float]) -> None:
         """One event per scalar."""
         if not run.workers.is_main:
             return
@@ -65,7 +65,7 @@ class TrackioLog(Callback):
         self.name = name
         self._open = False
 
-    def on_log(self, run: Run, record: Mapping[str, float]) -> None:
+    def on_log(self, run: Run, record: Mapping[str, int | float]) -> None:
         """One trackio step."""
         if not run.workers.is_main:
             return
