@@ -40,11 +40,15 @@ class Denoiser(Protocol):
         """What ``predict`` returns."""
         ...
 
-    def predict(self, x_t: Float[Tensor, "batch *shape"], t: float | Tensor, **cond: Any) -> Float[Tensor, "batch *shape"]:
+    def predict(
+        self, x_t: Float[Tensor, "batch *shape"], t: float | Tensor, **cond: Any
+    ) -> Float[Tensor, "batch *shape"]:
         """The raw prediction, differentiable in ``x_t``."""
         ...
 
-    def __call__(self, x_t: Float[Tensor, "batch *shape"], t: float | Tensor, **cond: Any) -> Float[Tensor, "batch *shape"]:
+    def __call__(
+        self, x_t: Float[Tensor, "batch *shape"], t: float | Tensor, **cond: Any
+    ) -> Float[Tensor, "batch *shape"]:
         """E[x_0 | x_t]."""
         ...
 
@@ -76,7 +80,9 @@ class NetworkDenoiser:
     prediction_type: PredictionType
     timestep_of: Callable[[Tensor], Tensor]
 
-    def predict(self, x_t: Float[Tensor, "batch *shape"], t: float | Tensor, **cond: Any) -> Float[Tensor, "batch *shape"]:
+    def predict(
+        self, x_t: Float[Tensor, "batch *shape"], t: float | Tensor, **cond: Any
+    ) -> Float[Tensor, "batch *shape"]:
         """The network's output at (x_t, t); ``cond`` goes to its forward as keyword arguments."""
         times = torch.as_tensor(t, dtype=torch.float64)
         timestep = self.timestep_of(times).to(x_t.device).expand(len(x_t))
@@ -84,7 +90,9 @@ class NetworkDenoiser:
         output = output if isinstance(output, Tensor) else output[0]
         return output[:, : x_t.shape[1]] if output.shape[1] == 2 * x_t.shape[1] else output
 
-    def __call__(self, x_t: Float[Tensor, "batch *shape"], t: float | Tensor, **cond: Any) -> Float[Tensor, "batch *shape"]:
+    def __call__(
+        self, x_t: Float[Tensor, "batch *shape"], t: float | Tensor, **cond: Any
+    ) -> Float[Tensor, "batch *shape"]:
         """E[x_0 | x_t], unclipped."""
         return posterior_mean(self.predict(x_t, t, **cond), x_t, t, self.path, self.prediction_type)
 
@@ -167,7 +175,9 @@ class ClassifierFreeGuidance:
         """That of the wrapped denoiser: guidance is linear, so it acts alike on all four types."""
         return self.denoiser.prediction_type
 
-    def predict(self, x_t: Float[Tensor, "batch *shape"], t: float | Tensor, **cond: Any) -> Float[Tensor, "batch *shape"]:
+    def predict(
+        self, x_t: Float[Tensor, "batch *shape"], t: float | Tensor, **cond: Any
+    ) -> Float[Tensor, "batch *shape"]:
         """The guided raw prediction."""
         conditional = self.denoiser.predict(x_t, t, **cond)
         if self.scale == 1:
@@ -175,6 +185,8 @@ class ClassifierFreeGuidance:
         unconditional = self.denoiser.predict(x_t, t, **{**cond, **self.unconditional})
         return unconditional + self.scale * (conditional - unconditional)
 
-    def __call__(self, x_t: Float[Tensor, "batch *shape"], t: float | Tensor, **cond: Any) -> Float[Tensor, "batch *shape"]:
+    def __call__(
+        self, x_t: Float[Tensor, "batch *shape"], t: float | Tensor, **cond: Any
+    ) -> Float[Tensor, "batch *shape"]:
         """The guided posterior mean."""
         return posterior_mean(self.predict(x_t, t, **cond), x_t, t, self.path, self.prediction_type)

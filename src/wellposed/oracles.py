@@ -40,7 +40,9 @@ class GaussianMixtureOracle:
         if not torch.allclose(self.covariances, self.covariances.mT):
             raise ValueError("covariances must be symmetric")
         if float(self._spectrum[0].min()) < -1e-12:
-            raise ValueError(f"covariances must be positive semi-definite, smallest eigenvalue {self._spectrum[0].min():g}")
+            raise ValueError(
+                f"covariances must be positive semi-definite, smallest eigenvalue {self._spectrum[0].min():g}"
+            )
 
     @cached_property
     def _spectrum(self) -> tuple[Tensor, Tensor]:
@@ -51,7 +53,9 @@ class GaussianMixtureOracle:
 
     def _component_posteriors(
         self, x_t: Float[Tensor, "batch dim"], t: float
-    ) -> tuple[Float[Tensor, "batch components"], Float[Tensor, "batch components dim"], Float[Tensor, "components dim dim"]]:
+    ) -> tuple[
+        Float[Tensor, "batch components"], Float[Tensor, "batch components dim"], Float[Tensor, "components dim dim"]
+    ]:
         """log(w_k N(x_t; ...)), m_k and C_k."""
         alpha, sigma = self._scales(t)
         eigenvalues, basis = self._spectrum
@@ -84,7 +88,9 @@ class GaussianMixtureOracle:
         joint, means, covariances = self._component_posteriors(x_t, t)
         weight = joint.softmax(-1)
         spread = means - torch.einsum("bk,bki->bi", weight, means)[:, None]
-        return torch.einsum("bk,kij->bij", weight, covariances) + torch.einsum("bk,bki,bkj->bij", weight, spread, spread)
+        return torch.einsum("bk,kij->bij", weight, covariances) + torch.einsum(
+            "bk,bki,bkj->bij", weight, spread, spread
+        )
 
     def posterior_third_cumulant(self, x_t: Float[Tensor, "batch dim"], t: float) -> Float[Tensor, "batch dim dim dim"]:
         """K3[x_0 | x_t] = E[(x_0 - m)^(x)3 | x_t], the leading cause of a full-covariance step's remaining path KL."""
@@ -95,7 +101,9 @@ class GaussianMixtureOracle:
         mixed = torch.einsum("bk,bki,kjl->bijl", weight, spread, covariances)
         return cubes + mixed + mixed.permute(0, 2, 1, 3) + mixed.permute(0, 3, 2, 1)
 
-    def sample(self, count: int, *, generator: torch.Generator) -> tuple[Float[Tensor, "count dim"], Int[Tensor, " count"]]:
+    def sample(
+        self, count: int, *, generator: torch.Generator
+    ) -> tuple[Float[Tensor, "count dim"], Int[Tensor, " count"]]:
         """Clean samples and their components."""
         component = torch.multinomial(self.weights, count, replacement=True, generator=generator)
         eigenvalues, basis = self._spectrum

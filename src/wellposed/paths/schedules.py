@@ -78,7 +78,9 @@ class Cosine:
 
     def alpha(self, t: float | Tensor) -> Float[Tensor, "*times"]:
         """The cosine of an angle that grows linearly in t; clamped at 0, where rounding would leave -1e-16."""
-        return (torch.cos(self._angle(t)) * self._scale()).clamp_min(0)
+        # Divided by itself at t = 0, it is exactly 1 there: a path's noise must be exactly 0 at the clean end.
+        start = torch.cos(self._angle(torch.zeros_like(as_time(t))))
+        return (torch.cos(self._angle(t)) / start).clamp_min(0)
 
     def alpha_derivative(self, t: float | Tensor) -> Float[Tensor, "*times"]:
         """Minus the sine of the same angle, times its rate."""
@@ -123,7 +125,9 @@ class Tabulated:
     def __post_init__(self) -> None:
         table = self.log_alpha
         if table.ndim != 1 or len(table) < 2 or table.dtype != torch.float64 or table[0] != 0:
-            raise ValueError("log_alpha must be a float64 vector of at least two entries that starts with 0 (t = 0 is clean)")
+            raise ValueError(
+                "log_alpha must be a float64 vector of at least two entries that starts with 0 (t = 0 is clean)"
+            )
         if not bool((table.diff() <= 0).all()):
             raise ValueError("log_alpha must not increase: the clean sample fades from t = 0 to t = 1")
 
@@ -153,6 +157,7 @@ class Tabulated:
         return torch.exp(self.log_alpha_at(t))
 
     def alpha_derivative(self, t: float | Tensor) -> Float[Tensor, "*times"]:
-        """alpha(t) times the slope of the segment that t lies in (the left one at a tabulated point's right side)."""
+        """alpha(t) times the slope of the segment to the right of t, and 0 where no signal is left."""
         left, right, _ = self._segment(t)
-        return self.alpha(t) * (right - left) * self.num_steps
+        alpha = self.alpha(t)
+        return torch.where(alpha == 0, 0.0, alpha * (right - left) * self.num_steps)
