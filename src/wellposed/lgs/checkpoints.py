@@ -35,13 +35,12 @@ from typing import Any
 
 import torch
 from diffusers.models.attention_processor import Attention
-
-# diffusers loads a component only from a module in which it finds one of the base classes it knows.
-from diffusers.models.modeling_utils import ModelMixin as ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DModel
 from jaxtyping import Float
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from wellposed.saving import saved_class
 
 __all__ = [
     "FixedHeadsUNet2DModel",
@@ -81,6 +80,7 @@ IMPROVED_DIFFUSION_SECOND_HEAD = ("out2.",)
 MAX_NAMES_IN_MESSAGE = 3
 
 
+@saved_class
 class FixedHeadsUNet2DModel(UNet2DModel):
     """A UNet2DModel whose attention layers all have the same *number* of heads.
 

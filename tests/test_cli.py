@@ -1,0 +1,283 @@
+"""Every way to go wrong on the command line: one line that says what to do, an exit code, no traceback."""
+
+import functools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from wellposed import cli
+from wellposed.cli import main
+from wellposed.recipes import RECIPES, FeatureEvaluation, Recipe, recipe_named
+
+HELP_SECONDS = 0.5
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv(cli.TRACEBACK_VARIABLE, raising=False)
+    monkeypatch.setenv("WELLPOSED_DATA", str(tmp_path / "data"))
+    monkeypatch.chdir(tmp_path)
+
+
+def complaint(capsys: pytest.CaptureFixture[str]) -> str:
+    said = capsys.readouterr().err
+    assert said.startswith("wellposed: ")
+    assert said.count("\n") == 1, said
+    assert "Traceback" not in said
+    return said
+
+
+@functools.cache
+def small_tiny() -> Recipe:
+    """lgs_tiny in seconds: the same run with fewer of everything."""
+    from wellposed.recipes.digit_features import digit_features
+
+    recipe = recipe_named("lgs_tiny")
+    network = recipe.network().config
+    return replace(
+        recipe,
+        network=lambda: type(recipe.network()).from_config(network, block_out_channels=(8, 8), attention_head_dim=4),
+        training=replace(recipe.training, max_steps=3, batch_size=4, log_every=1),
+        sampling=replace(recipe.sampling, step_counts=(2,), num_inference_steps=2, batch_size=4),
+        evaluation=FeatureEvaluation(
+            num_samples=8, extractor=lambda run, device: digit_features(run / "features", steps=5, device=device)
+        ),
+    )
+
+
+@pytest.fixture
+def small_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = small_tiny()
+    monkeypatch.setitem(RECIPES, "lgs_tiny", lambda: recipe)
+
+
+@pytest.fixture(scope="module")
+def trained_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from wellposed.recipes.train import train_recipe
+
+    run = tmp_path_factory.mktemp("trained") / "run"
+    train_recipe(small_tiny(), run, device="cpu", progress=False)
+    return run
+
+
+@pytest.fixture
+def trained(trained_once: Path, small_recipe: None, tmp_path: Path) -> Path:
+    """A finished run of the small recipe in the folder ``run``."""
+    return shutil.copytree(trained_once, tmp_path / "run")
+
+
+def test_a_run_from_end_to_end(small_recipe: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "lgs_tiny", "--out", "run", "--device", "cpu", "--seed", "3"]) == 0
+    assert "wellposed sample run" in capsys.readouterr().out
+    record = json.loads((tmp_path / "run" / "record.json").read_text())
+    assert (record["kind"], record["seed"], record["settings"]["steps"]) == ("train", 3, 3)
+    assert main(["sample", "run", "--count", "3", "--device", "cpu"]) == 0
+    assert "3 images" in capsys.readouterr().out
+    assert (tmp_path / "run" / "samples" / "T0002_m3_seed0.png").is_file()
+    assert main(["evaluate", "run", "--count", "4", "--steps", "3", "--num-lanczos-steps", "1", "--device", "cpu"]) == 0
+    assert "Frechet distance" in capsys.readouterr().out
+    record = json.loads((tmp_path / "run" / "record.json").read_text())
+    assert record["kind"] == "evaluate"
+    assert {"network/loss", "Frechet distance T=3 m=1"} <= set(record["metrics"])
+    assert "digit classifier" in record["notes"][0]
+    assert main(["report", "run"]) == 0
+    assert "Frechet distance T=3 m=1" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_list_shows_every_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in RECIPES)
+    assert "2605.22723" in shown
+    assert "5.21" in shown
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], *([name, "--help"] for name in ("demo", "train", "report"))])
+def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 0
+    assert "usage: wellposed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", ["--help", "list"])
+def test_help_and_list_are_light(arguments: str) -> None:
+    code = (
+        f"import sys, time; from wellposed.cli import main; code = main([{arguments!r}])\n"
+        "print(code, 'torch' in sys.modules, 'diffusers' in sys.modules, time.process_time())"
+    )
+    done = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()[-4:]
+        for _ in range(2)
+    ]
+    assert done[0][:3] == ["0", "False", "False"]
+    assert min(float(one[3]) for one in done) < HELP_SECONDS
+
+
+@pytest.mark.parametrize(
+    "arguments", [["train"], ["train", "lgs_tiny", "--bogus", "1"], ["train", "lgs_tiny", "--steps", "x"]]
+)
+def test_misuse_shows_the_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert "help" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["trian", "lgs_tiny"], "no command 'trian'; did you mean train?"),
+        (["train", "lgs_tny"], "no recipe 'lgs_tny'; did you mean lgs_tiny?"),
+        (["report"], "no runs to report"),
+    ],
+)
+def test_wrong_words(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    assert said in complaint(capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["sample", "nowhere"], "nowhere does not exist; make a run with: wellposed train RECIPE --out nowhere"),
+        (["evaluate", "."], "is no run folder"),
+        (["report", "nowhere"], "nowhere is not a folder"),
+        (["train", "lgs_celeba64"], "celeba64.pth is missing: the CelebA 64x64 network of DDIM; get it from"),
+        (["train", "lgs_imagenet64", "--steps", "5"], "imagenet64 is missing: ImageNet 64x64"),
+        (["train", "lgs_tiny", "--steps", "0"], "steps is 0; give at least 1"),
+        (["train", "lgs_tiny", "--device", "abacus"], "device 'abacus' is not to be had here"),
+    ],
+)
+def test_wrong_paths_and_numbers(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 1
+    assert said in complaint(capsys)
+    assert not Path("runs").exists()
+
+
+def test_run_that_is_there_already(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "lgs_tiny", "--out", "run", "--device", "cpu"]) == 1
+    assert "run already holds a run; add --resume" in complaint(capsys)
+    assert main(["train", "lgs_tiny", "--out", "run", "--device", "cpu", "--resume", "--steps", "4"]) == 0
+    capsys.readouterr()
+    assert main(["train", "lgs_tiny", "--out", "run", "--device", "cpu", "--resume", "--seed", "1"]) == 1
+    assert "belongs to another run" in complaint(capsys)
+
+
+def test_out_that_is_a_file(small_recipe: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "taken").touch()
+    assert main(["train", "lgs_tiny", "--out", "taken"]) == 1
+    assert "taken is a file" in complaint(capsys)
+
+
+def test_checkpoint_of_another_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "data").mkdir()
+    recipe = recipe_named("lgs_celeba64")
+    torch.save({"conv_in.weight": torch.zeros(8, 3, 3, 3)}, recipe.folder / "celeba64.pth")
+    assert main(["train", "lgs_celeba64", "--out", "run"]) == 1
+    assert "is not of this network's architecture" in complaint(capsys)
+    (tmp_path / "data" / "celeba64.pth").write_bytes(b"not a checkpoint at all")
+    assert main(["train", "lgs_celeba64", "--out", "other"]) == 1
+    assert "celeba64.pth" in complaint(capsys)
+
+
+@pytest.mark.parametrize("damage", ["recipe", "weights", "half"])
+def test_damaged_run(trained: Path, damage: str, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = trained / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors"
+    if damage == "recipe":
+        (trained / "recipe.json").write_text("{")
+        expected = "recipe.json is damaged"
+    elif damage == "weights":
+        weights.unlink()
+        expected = "pipeline cannot be loaded"
+    else:
+        weights.write_bytes(weights.read_bytes()[:1000])
+        expected = "pipeline cannot be loaded"
+    assert main(["sample", "run", "--device", "cpu"]) == 1
+    assert expected in complaint(capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["sample", "run", "--count", "0"], "count is 0"),
+        (["sample", "run", "--steps", "5000"], "the number of reverse steps is 5000; give 1 to 1000"),
+        (["sample", "run", "--num-lanczos-steps", "-1"], "num_lanczos_steps must be >= 0"),
+        (["evaluate", "run", "--count", "1"], "needs at least 2 images"),
+    ],
+)
+def test_settings_out_of_range(
+    trained: Path, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*arguments, "--device", "cpu"]) == 1
+    assert said in complaint(capsys)
+
+
+def test_unexpected_error_is_one_line_unless_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken() -> None:
+        raise KeyError("a\nb")
+
+    monkeypatch.setitem(RECIPES, "lgs_tiny", broken)
+    assert main(["train", "lgs_tiny"]) == 1
+    assert "unexpected KeyError" in complaint(capsys)
+    monkeypatch.setenv(cli.TRACEBACK_VARIABLE, "1")
+    with pytest.raises(KeyError):
+        main(["train", "lgs_tiny"])
+
+
+def test_keyboard_interrupt_says_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(RECIPES, "lgs_tiny", interrupted)
+    assert main(["train", "lgs_tiny", "--out", "run"]) == 130
+    assert "wellposed train lgs_tiny --out run --resume" in complaint(capsys)
+
+
+def test_interrupted_training_saves_and_goes_on(
+    small_recipe: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from wellposed.training.run import Run
+
+    advance = Run.advance
+
+    def interrupting(self: Run, data: object) -> None:
+        advance(self, data)
+        if self.step == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Run, "advance", interrupting)
+    command = ["train", "lgs_tiny", "--out", "run", "--device", "cpu"]
+    assert main(command) == 130
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("wellposed: ")]
+    assert said == [
+        "wellposed: stopped at step 2 and saved; to go on: " + " ".join(["wellposed", *command, "--resume"])
+    ]
+    monkeypatch.setattr(Run, "advance", advance)
+    assert main([*command, "--resume"]) == 0
+    assert json.loads((tmp_path / "run" / "record.json").read_text())["settings"]["steps"] == 3
+
+
+@pytest.mark.slow
+def test_the_installed_command_stops_at_a_signal(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "wellposed.cli", "train", "lgs_tiny", "--out", "run", "--device", "cpu"]
+    running = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=dict(os.environ))
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    time.sleep(3)
+    running.send_signal(signal.SIGTERM)
+    _, said = running.communicate(timeout=120)
+    assert running.returncode == 130
+    assert "to go on: wellposed train lgs_tiny" in said.splitlines()[-1]
