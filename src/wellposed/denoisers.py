@@ -1,9 +1,9 @@
 """Denoisers: models as posterior means.
 
-The one agreement of every Gaussian room: a denoiser maps ``(x_t, t, **cond)`` to ``E[x_0 | x_t]``, the posterior mean of
-the clean sample. t is in [0, 1] with 0 = data and 1 = noise; training index i of a discrete schedule with N steps is
-t = (i + 1) / N. Whoever differentiates a denoiser asks for its raw prediction instead, because the step from a network's
-output to the posterior mean amplifies low-precision rounding and is better taken after the differentiation.
+The one agreement of every Gaussian room: a denoiser maps ``(x_t, t, **cond)`` to ``E[x_0 | x_t]``, the posterior mean
+of the clean sample. t is in [0, 1] with 0 = data and 1 = noise; training index i of a discrete schedule with N steps is
+t = (i + 1) / N. Whoever differentiates a denoiser asks for its raw prediction instead, because the step from a
+network's output to the posterior mean amplifies low-precision rounding and is better taken after the differentiation.
 """
 
 from collections.abc import Callable, Mapping
@@ -101,11 +101,12 @@ def from_diffusers(model: nn.Module, scheduler: Any, *, prediction_type: str | N
     """A diffusers model and the scheduler it was trained with, as a denoiser.
 
     The network is called with the training index ``N t - 1``, rounded to the nearest one where its embedding is a table
-    of N rows; flow-matching networks are called with ``N t``, or with t itself for the Flux family, which scales inside.
+    of N rows; flow-matching networks are called with ``N t``, or with t itself for the Flux family, which scales
+    inside.
 
     Args:
-        model: UNet2DModel, UNet2DConditionModel, DiTTransformer2DModel, SD3Transformer2DModel, FluxTransformer2DModel or
-            any module with the same call.
+        model: UNet2DModel, UNet2DConditionModel, DiTTransformer2DModel, SD3Transformer2DModel, FluxTransformer2DModel
+            or any module with the same call.
         scheduler: its diffusers scheduler; gives the path and the prediction type.
         prediction_type: overrides the scheduler's.
 

@@ -1,8 +1,8 @@
 r"""Exact denoisers with exact covariances, in closed form: the ground truth of every law in the tests.
 
-Each is a denoiser (``path``, ``predict``, call = posterior mean) that also knows ``posterior_covariance`` and the density
-of ``x_t``. All compute in the dtype of ``x_t``; use float64. Samples have shape (batch, dim) or any (batch, *shape) with
-dim elements; a dense covariance is (batch, dim, dim).
+Each is a denoiser (``path``, ``predict``, call = posterior mean) that also knows ``posterior_covariance`` and the
+density of ``x_t``. All compute in the dtype of ``x_t``; use float64. Samples have shape (batch, dim) or any (batch,
+*shape) with dim elements; a dense covariance is (batch, dim, dim).
 """
 
 import math
@@ -23,9 +23,10 @@ __all__ = ["FiniteDataOracle", "GaussianMixtureOracle", "gaussian_oracle"]
 class GaussianMixtureOracle:
     r"""Data from ``sum_k w_k N(mu_k, Lambda_k)``.
 
-    Given x_t, component k has posterior weight ``r_k`` proportional to ``w_k N(x_t; alpha mu_k, alpha^2 Lambda_k + sigma^2 I)``,
-    mean ``m_k = mu_k + alpha Lambda_k S_k^-1 (x_t - alpha mu_k)`` and covariance ``C_k = Lambda_k - alpha^2 Lambda_k S_k^-1
-    Lambda_k``; mean, covariance and third cumulant of the mixture follow. A covariance may be singular as long as sigma > 0.
+    Given x_t, component k has posterior weight ``r_k`` proportional to ``w_k N(x_t; alpha mu_k, S_k)`` with
+    ``S_k = alpha^2 Lambda_k + sigma^2 I``, mean ``m_k = mu_k + alpha Lambda_k S_k^-1 (x_t - alpha mu_k)`` and covariance
+    ``C_k = Lambda_k - alpha^2 Lambda_k S_k^-1 Lambda_k``; mean, covariance and third cumulant of the mixture follow. A
+    covariance may be singular as long as sigma > 0.
     """
 
     weights: Float[Tensor, " components"]
@@ -125,7 +126,7 @@ class GaussianMixtureOracle:
 def gaussian_oracle(
     *, mean: Float[Tensor, " dim"], covariance: Float[Tensor, "dim dim"], path: GaussianPath
 ) -> GaussianMixtureOracle:
-    """Data from one Gaussian ``N(mean, covariance)``: the case in which full covariance matching has no error at all."""
+    """Data from one Gaussian ``N(mean, covariance)``, for which full covariance matching has no error at all."""
     return GaussianMixtureOracle(
         weights=torch.ones(1, dtype=mean.dtype), means=mean[None], covariances=covariance[None], path=path
     )
@@ -135,7 +136,8 @@ def gaussian_oracle(
 class FiniteDataOracle:
     r"""Data uniform on finitely many points: what a network that memorised its training set would predict.
 
-    ``r_i`` proportional to ``exp(-||x_t - alpha x_i||^2 / 2 sigma^2)``; mean and covariance are those of the points under r.
+    ``r_i`` proportional to ``exp(-||x_t - alpha x_i||^2 / 2 sigma^2)``; mean and covariance are those of the points
+    under r.
     """
 
     points: Float[Tensor, "points *shape"]

@@ -1,7 +1,7 @@
 r"""Gaussian paths ``x_t = alpha_t x_0 + sigma_t eps`` and the bridges between two of their times.
 
-``GaussianPath`` needs two functions of time; everything else, the signal-to-noise ratio, noising, and the reverse kernel
-``q(x_s | x_t, x_0)`` with its one free variance, follows from them in float64.
+``GaussianPath`` needs two functions of time; everything else, the signal-to-noise ratio, noising, and the reverse
+kernel ``q(x_s | x_t, x_0)`` with its one free variance, follows from them in float64.
 """
 
 import math
@@ -215,8 +215,8 @@ class RectifiedFlow(GaussianPath):
 def from_scheduler(scheduler: "SchedulerMixin | Any") -> GaussianPath:
     """The Gaussian path on which a diffusers scheduler's model was trained, in float64.
 
-    Discrete schedules are recomputed as ``cumprod(1 - betas)`` from the scheduler's own float32 betas: diffusers keeps the
-    product in float32, which moves a single step's beta by up to 5e-4 relative.
+    Discrete schedules are recomputed as ``cumprod(1 - betas)`` from the scheduler's own float32 betas: diffusers keeps
+    the product in float32, which moves a single step's beta by up to 5e-4 relative.
 
     Args:
         scheduler: any diffusers scheduler with ``betas`` (DDPM, DDIM, DPM-Solver, PNDM, Euler, ...), or a flow-matching

@@ -77,10 +77,11 @@ def prediction_coefficients(
     determinant = alpha * b - sigma * a
     vanishes = bool((determinant == 0).any()) if isinstance(determinant, Tensor) else determinant == 0
     if vanishes:
-        raise ValueError(
-            f"{source!r} does not determine {target!r} where "
-            f"{'alpha (the signal) is 0; start one step later or use a v_prediction model' if source == 'epsilon' else 'sigma (the noise) is 0'}"
-        )
+        where = {
+            "epsilon": "alpha (the signal) is 0; start one step later or use a v_prediction model",
+            "sample": "sigma (the noise) is 0; stop one step earlier",
+        }
+        raise ValueError(f"{source!r} does not determine {target!r} where {where[source]}")
     return (
         (a_target * b - b_target * a) / determinant,
         (b_target * alpha - a_target * sigma) / determinant,

@@ -1,8 +1,8 @@
 """Schedules: how much of the clean sample is left at time t.
 
 A schedule is ``alpha(t)`` on [0, 1] with t = 0 clean and t = 1 noise. In a Gaussian path alpha is the *signal scale*
-(sqrt of diffusers' ``alphas_cumprod``); in discrete diffusion it is the *survival probability* of a token. Either way it
-falls from 1 to (nearly) 0, and what a loss or a sampler needs besides the value is its derivative.
+(sqrt of diffusers' ``alphas_cumprod``); in discrete diffusion it is the *survival probability* of a token. Either way
+it falls from 1 to (nearly) 0, and what a loss or a sampler needs besides the value is its derivative.
 
 Every schedule computes in float64, because a reverse step divides differences of neighbouring values.
 """
@@ -116,8 +116,8 @@ class Geometric:
 class Tabulated:
     """A schedule given at t = 0, 1/N, ..., 1, with log alpha linear in between.
 
-    Linear in log alpha is what a piecewise constant beta(t) integrates to, so a discrete schedule keeps its meaning between
-    its own points. ``log_alpha`` has N + 1 entries and starts with 0.
+    Linear in log alpha is what a piecewise constant beta(t) integrates to, so a discrete schedule keeps its meaning
+    between its own points. ``log_alpha`` has N + 1 entries and starts with 0.
     """
 
     log_alpha: Float[Tensor, " points"]
