@@ -24,9 +24,9 @@ class GaussianMixtureOracle:
     r"""Data from ``sum_k w_k N(mu_k, Lambda_k)``.
 
     Given x_t, component k has posterior weight ``r_k`` proportional to ``w_k N(x_t; alpha mu_k, S_k)`` with
-    ``S_k = alpha^2 Lambda_k + sigma^2 I``, mean ``m_k = mu_k + alpha Lambda_k S_k^-1 (x_t - alpha mu_k)`` and covariance
-    ``C_k = Lambda_k - alpha^2 Lambda_k S_k^-1 Lambda_k``; mean, covariance and third cumulant of the mixture follow. A
-    covariance may be singular as long as sigma > 0.
+    ``S_k = alpha^2 Lambda_k + sigma^2 I``, mean ``m_k = mu_k + alpha Lambda_k S_k^-1 (x_t - alpha mu_k)`` and
+    covariance ``C_k = Lambda_k - alpha^2 Lambda_k S_k^-1 Lambda_k``; mean, covariance and third cumulant of the mixture
+    follow. A covariance may be singular as long as sigma > 0.
     """
 
     weights: Float[Tensor, " components"]

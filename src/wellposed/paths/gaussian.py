@@ -6,16 +6,13 @@ kernel ``q(x_s | x_t, x_0)`` with its one free variance, follows from them in fl
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from wellposed.paths.schedules import Schedule, Tabulated, as_time
-
-if TYPE_CHECKING:
-    from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 __all__ = [
     "Bridge",
@@ -212,7 +209,7 @@ class RectifiedFlow(GaussianPath):
         return as_time(t)
 
 
-def from_scheduler(scheduler: "SchedulerMixin | Any") -> GaussianPath:
+def from_scheduler(scheduler: Any) -> GaussianPath:
     """The Gaussian path on which a diffusers scheduler's model was trained, in float64.
 
     Discrete schedules are recomputed as ``cumprod(1 - betas)`` from the scheduler's own float32 betas: diffusers keeps
