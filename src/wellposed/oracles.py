@@ -36,7 +36,7 @@ class GaussianMixtureOracle:
     prediction_type: PredictionType = "sample"
 
     def __post_init__(self) -> None:
-        if bool((self.weights <= 0).any()) or abs(float(self.weights.sum()) - 1) > 1e-9:
+        if not bool((self.weights > 0).all()) or abs(float(self.weights.sum()) - 1) > 1e-9:
             raise ValueError(f"weights must be positive and sum to one, got {self.weights.tolist()}")
         if not torch.allclose(self.covariances, self.covariances.mT):
             raise ValueError("covariances must be symmetric")
