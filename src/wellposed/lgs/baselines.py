@@ -145,7 +145,7 @@ def noise_second_moment(
     times: Sequence[float],
     *,
     generator: torch.Generator,
-    clip: float | None = 1.0,
+    clip: float | Callable[[Tensor], Tensor] | None = 1.0,
     **cond: Any,
 ) -> dict[float, float]:
     """Gamma_t = E[||eps_net(x_t)||^2] / d at each time, over clean batches (Analytic-DPM's ``ms_eps``).
@@ -155,7 +155,7 @@ def noise_second_moment(
         batches: clean samples.
         times: those of the chain.
         generator: of the noise.
-        clip: bound of |x_0|; eps_net is recomputed from the clipped posterior mean, as the published estimate does.
+        clip: bound of |x_0|, or a function that bounds x_0; eps_net is recomputed from the clipped posterior mean, as the published estimate does.
         **cond: conditioning.
     """
     moments: dict[float, float] = {}
@@ -165,7 +165,8 @@ def noise_second_moment(
         for x_0 in batches:
             x_t = denoiser.path.add_noise(x_0, standard_normal(x_0, generator), t)
             mean = denoiser(x_t, t, **cond)
-            mean = mean if clip is None else mean.clamp(-clip, clip)
+            if clip is not None:
+                mean = clip(mean) if callable(clip) else mean.clamp(-clip, clip)
             epsilon = convert_prediction(mean, x_t, source="sample", target="epsilon", alpha=alpha, sigma=sigma)
             total += float(epsilon.double().square().sum())
             count += epsilon.numel()

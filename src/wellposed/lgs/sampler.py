@@ -448,7 +448,7 @@ def sample(
     *,
     generator: torch.Generator | Sequence[torch.Generator],
     eta: float = 1.0,
-    clip: float | None = None,
+    clip: float | Callable[[Tensor], Tensor] | None = None,
     log_prob_gradient: Callable[[Tensor, float], Tensor] | None = None,
     guidance_scale: float = 1.0,
     share_linearization: int = 1,
@@ -465,7 +465,7 @@ def sample(
         covariance: the reverse covariance; ``LanczosCovariance()`` or one of ``wellposed.lgs.baselines``.
         generator: one, or one per sample: sample i of a batch then equals the batch of one with its generator.
         eta: noise level of the DDIM family (``GaussianPath.bridge``); the full covariance belongs at eta = 1.
-        clip: bound of |x_0| in the mean, r for data in [-r, r].
+        clip: bound of |x_0| in the mean, r for data in [-r, r], or a function that bounds x_0.
         log_prob_gradient: (x_t, t) -> grad log p(y | x_t); classifier guidance with the mean shift
             ``guidance_scale Sigma grad``, the exact first-order form, in place of the common ``variance grad``.
         guidance_scale: its scale.

@@ -1,0 +1,32 @@
+"""How large the demo is."""
+
+from dataclasses import dataclass
+
+__all__ = ["DemoSettings"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoSettings:
+    """Sizes of the demo's experiments; the defaults take about eight minutes on two cores.
+
+    Attributes:
+        training_steps: of the digits' U-Net.
+        head_steps: of each covariance head (NPR, SN, OCM).
+        step_counts: numbers T of reverse steps on the trained network.
+        num_samples: images for each Frechet distance.
+        path_kl_steps: numbers T for the exact path KL.
+        max_products: largest m in the study of the Lanczos draw.
+        guidance_steps: numbers T of guided sampling.
+        guidance_scales: guidance scales.
+        guidance_samples: samples of a guided run on the mixture, and a quarter of it on the digits.
+    """
+
+    training_steps: int = 1500
+    head_steps: int = 250
+    step_counts: tuple[int, ...] = (5, 10, 25, 50)
+    num_samples: int = 500
+    path_kl_steps: tuple[int, ...] = (4, 8, 16, 32, 64, 128, 256)
+    max_products: int = 6
+    guidance_steps: tuple[int, ...] = (10, 25)
+    guidance_scales: tuple[float, ...] = (1.0, 2.0, 5.0)
+    guidance_samples: int = 1000
