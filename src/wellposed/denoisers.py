@@ -69,7 +69,7 @@ def posterior_mean(
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class NetworkDenoiser:
-    """A diffusers-style network ``model(x, timestep, **cond)`` on a Gaussian path. Build it with ``from_diffusers``.
+    """A diffusers-style network ``model(x, timestep=..., **cond)`` on a Gaussian path; made by ``from_diffusers``.
 
     ``timestep_of`` maps t in [0, 1] to the number that the network's time embedding expects. Where the network also
     predicts a variance (2C output channels) only the first C are the prediction.
@@ -86,7 +86,8 @@ class NetworkDenoiser:
         """The network's output at (x_t, t); ``cond`` goes to its forward as keyword arguments."""
         times = torch.as_tensor(t, dtype=torch.float64)
         timestep = self.timestep_of(times).to(x_t.device).expand(len(x_t))
-        output = self.model(x_t, timestep, **cond)
+        # By name: transformers that are conditioned on text take it as their third or fourth argument.
+        output = self.model(x_t, timestep=timestep, **cond)
         output = output if isinstance(output, Tensor) else output[0]
         return output[:, : x_t.shape[1]] if output.shape[1] == 2 * x_t.shape[1] else output
 
@@ -106,7 +107,7 @@ def from_diffusers(model: nn.Module, scheduler: Any, *, prediction_type: str | N
 
     Args:
         model: UNet2DModel, UNet2DConditionModel, DiTTransformer2DModel, SD3Transformer2DModel, FluxTransformer2DModel
-            or any module with the same call.
+            or any module whose forward takes the sample first and a ``timestep``.
         scheduler: its diffusers scheduler; gives the path and the prediction type.
         prediction_type: overrides the scheduler's.
 
@@ -131,7 +132,8 @@ def from_diffusers(model: nn.Module, scheduler: Any, *, prediction_type: str | N
     def training_index(t: Tensor) -> Tensor:
         index = (t * train_steps - 1).clamp(0, train_steps - 1)
         nearest = index.round()
-        on_grid = bool(((index - nearest).abs() < 1e-6).all())
+        # Times in float32 miss the index by up to 1e-4 of a step.
+        on_grid = bool(((index - nearest).abs() < 1e-3).all())
         return nearest.long() if has_table or on_grid else index.float()
 
     return NetworkDenoiser(
