@@ -8,20 +8,18 @@ proportional to ``g^(-1/p)``.
 Measured on ``anisotropic_mixture`` between SNR 1e-3 and 50, path KL of steps uniform in log-SNR over that of the
 optimal ones: full 3.4 at T = 8, 4.1 at T = 32; every other covariance 1.7 to 2.7, about 2 at T = 32
 (benchmarks/lgs_path_kl.py).
-"""
 
-from collections.abc import Sequence
-from typing import Any, Literal
+This is a statement on the path KL of an analytic target, and small steps. It is no recipe for a trained network at
+few steps: costs estimated from one by random probes put nearly all steps at the clean end, where the nats are, and jump
+over the noise levels at which a picture is decided.
+"""
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from wellposed.denoisers import Denoiser
 from wellposed.lgs.channel import ChannelQuadrature, channel_quadrature
-from wellposed.lgs.covariance import posterior_covariance_product
-from wellposed.lgs.jacobian import ProductMethod, linearize
 from wellposed.lgs.path_kl import CovarianceKind, log_snr_grid
 from wellposed.oracles import GaussianMixtureOracle
 from wellposed.paths import GaussianPath
@@ -29,7 +27,6 @@ from wellposed.paths import GaussianPath
 __all__ = [
     "cost_density",
     "equal_cost_grid",
-    "estimate_cost_density",
     "optimal_snr_grid",
     "snr_to_time",
     "to_timesteps",
@@ -116,80 +113,6 @@ def equal_cost_grid(
     grid = torch.from_numpy(np.exp(np.interp(np.linspace(1, 0, num_steps + 1) * share[-1], share, fine)))
     grid[0], grid[-1] = snrs[0], snrs[-1]
     return grid
-
-
-@torch.no_grad()
-def estimate_cost_density(
-    denoiser: Denoiser,
-    samples: Float[Tensor, "batch *shape"],
-    times: Sequence[float],
-    kind: Literal["full", "isotropic"],
-    *,
-    generator: torch.Generator,
-    num_probes: int = 4,
-    displacement: float = 0.05,
-    method: ProductMethod = "vjp",
-    **cond: Any,
-) -> Float[Tensor, " times"]:
-    r"""``cost_density`` of a denoiser without closed form, from clean samples and random probes.
-
-    With Rademacher probes u, v: ``||C v||^2`` estimates tr C^2 and ``(u^T C u)(v^T C v)`` (tr C)^2, which gives
-    E||C - (tr C / d) I||_F^2 for ``isotropic``. K3 is the derivative of C in ``alpha x_t / sigma^2``, so ``full`` takes
-    central differences of ``C v`` along u. A probe takes two products, and for ``full`` two linearisations. For an
-    exact denoiser both are unbiased up to the displacement's square; a network's error in C adds to both, most of all
-    at high noise.
-
-    Args:
-        denoiser: on a Gaussian path.
-        samples: clean data, noised here.
-        times: where to estimate, in (0, 1].
-        kind: ``full`` (E||K3||_F^2, order 3) or ``isotropic`` (order 2).
-        generator: of the noise and the probes.
-        num_probes: pairs (u, v) per sample and time.
-        displacement: half width of the differences for ``full``, in units of sigma and per coordinate.
-        method: of the products.
-        **cond: conditioning for the denoiser.
-
-    Returns:
-        Estimates in the order of ``times``; ``isotropic`` can come out negative where C is isotropic within its error.
-    """
-
-    def rademacher() -> Tensor:
-        return torch.randint(0, 2, samples.shape, generator=generator, device=samples.device).to(samples.dtype) * 2 - 1
-
-    def square(values: Tensor) -> Tensor:
-        return values.flatten(1).double().square().sum(-1)
-
-    def estimate(t: float) -> float:
-        path = denoiser.path
-        alpha, sigma = float(path.alpha(t)), float(path.sigma(t))
-        noise = torch.randn(samples.shape, generator=generator, device=samples.device, dtype=samples.dtype)
-        x_t = path.add_noise(samples, noise, t)
-
-        def covariance_at(x: Tensor) -> Any:
-            local = linearize(
-                lambda at: denoiser.predict(at, t, **cond), x, method=method, module=getattr(denoiser, "model", None)
-            )
-            return posterior_covariance_product(
-                local.product, alpha=alpha, sigma=sigma, prediction_type=denoiser.prediction_type
-            )
-
-        total = 0.0
-        here = covariance_at(x_t) if kind == "isotropic" else None
-        for _ in range(num_probes):
-            u, v = rademacher(), rademacher()
-            if here is None:
-                shift = displacement * sigma * u
-                change = covariance_at(x_t + shift)(v) - covariance_at(x_t - shift)(v)
-                total += float(square(change * (sigma / (2 * displacement * alpha))).mean())
-            else:
-                image_u, image_v = here(u), here(v)
-                traces = (u * image_u).flatten(1).double().sum(-1) * (v * image_v).flatten(1).double().sum(-1)
-                dim = samples[0].numel()
-                total += float(((square(image_u) + square(image_v)) / 2 - traces / dim).mean())
-        return total / num_probes
-
-    return torch.tensor([estimate(t) for t in times], dtype=torch.float64)
 
 
 def snr_to_time(path: GaussianPath, snrs: Float[Tensor, " points"]) -> Float[Tensor, " points"]:
