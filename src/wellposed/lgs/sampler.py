@@ -11,7 +11,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -149,6 +149,7 @@ class CovarianceDraw:
     memory: Any = None
 
 
+@runtime_checkable
 class ReverseCovariance(Protocol):
     """A choice of covariance for the reverse step: Lanczos here, the published alternatives in ``baselines``."""
 
