@@ -36,7 +36,8 @@ def help_of(*command: str) -> str:
 
 
 def flags_in(text: str) -> set[str]:
-    return set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text)) - {"--help"}
+    """``--no-resume`` is ``--resume``, said the other way round."""
+    return {"--" + name for name in re.findall(r"(?<![\w-])--(?:no-)?([a-z][a-z-]*)", text)} - {"--help"}
 
 
 def test_commands_are_these() -> None:
@@ -59,4 +60,4 @@ def test_mistakes_get_one_clear_line(arguments: tuple[str, ...]) -> None:
 
 
 def test_flags_are_found_in_a_help_text() -> None:
-    assert flags_in("--out PATH  (a-b --no-resume) x--y --help --Seed") == {"--out", "--no-resume"}
+    assert flags_in("--out PATH  (a-b --no-resume) x--y --help --Seed") == {"--out", "--resume"}
