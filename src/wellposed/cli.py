@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
             prog="wellposed",
             description=DESCRIPTION,
             args=arguments or ["--help"],
-            config=(tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone),
+            config=(tyro.conf.DisallowNone,),
         )
     except SystemExit as leaving:
         return leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
@@ -102,7 +102,7 @@ def _demo(
     ] = None,
     seed: Seed = 0,
     device: Device = "auto",
-    resume: Annotated[bool, tyro.conf.arg(help="keep what an earlier run has finished")] = False,
+    resume: Annotated[bool, tyro.conf.arg(help="keep what an earlier demo in FOLDER has finished")] = True,
 ) -> None:
     """Train, sample and measure on real images and on an analytic target, and write a page of it."""
     from wellposed.demo import run_demo
@@ -145,7 +145,7 @@ def _train(
     ] = None,
     seed: Seed = 0,
     device: Device = "auto",
-    resume: Annotated[bool, tyro.conf.arg(help="go on with the run in FOLDER")] = False,
+    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help="go on with the run in FOLDER")] = False,
 ) -> None:
     """Train a recipe's network, or take its published weights, and export a pipeline."""
     chosen = _recipe(recipe)
@@ -195,7 +195,9 @@ def _evaluate(
     num_lanczos_steps: Products = None,
     seed: Seed = 0,
     device: Device = "auto",
-    resume: Annotated[bool, tyro.conf.arg(help="keep the scores that are there already")] = False,
+    resume: Annotated[
+        bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help="keep the scores that are there already")
+    ] = False,
 ) -> None:
     """Score a run's images at several numbers of steps, and keep the scores with their cards."""
     _require_run(run)
@@ -342,7 +344,7 @@ def _explain(error: Exception, arguments: Sequence[str]) -> int:
 
 def _again(arguments: Sequence[str]) -> str:
     """The command that goes on."""
-    resumable = bool(arguments) and arguments[0] in ("demo", "train", "evaluate") and "--resume" not in arguments
+    resumable = bool(arguments) and arguments[0] in ("train", "evaluate") and "--resume" not in arguments
     return " ".join(["wellposed", *arguments, *(["--resume"] if resumable else [])])
 
 
