@@ -1,10 +1,10 @@
 r"""From what a pipeline hands to its scheduler back to the network calls it was mixed from.
 
 Between two scheduler steps a pipeline may call its network once on the batch, once on the batch doubled for
-classifier-free guidance, or several times in a row; then it mixes the outputs outside the network and hands on one tensor.
-The Jacobian of that tensor is the same mixture of the calls' Jacobians. The mixture is linear in the outputs, so it can be
-read off the numbers: the weights that reproduce the tensor exactly. Nothing needs to be known of the pipeline, and a
-mixture that is not linear is noticed instead of being sampled wrongly.
+classifier-free guidance, or several times in a row; then it mixes the outputs outside the network and hands on one
+tensor. The Jacobian of that tensor is the same mixture of the calls' Jacobians. The mixture is linear in the outputs, so
+it can be read off the numbers: the weights that reproduce the tensor exactly. Nothing needs to be known of the pipeline,
+and a mixture that is not linear, or that rescales what it mixed, is noticed instead of being sampled wrongly.
 """
 
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ from wellposed.lgs.jacobian import Linearization
 __all__ = ["NetworkCalls"]
 
 # A mixture of half-precision outputs is itself rounded; guidance amplifies that by its scale.
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 @dataclass(eq=False)
@@ -42,13 +42,14 @@ class NetworkCalls:
             (both halves equal, as DiT's does), and the number of copies, 1 or 2. The calls are dropped.
 
         Raises:
-            ValueError: if there is no call, or ``mixed`` is no linear mixture of the calls' outputs.
+            ValueError: if there is no call, or ``mixed`` is no mixture of the calls' outputs with weights that sum to 1
+                (or to -1, where a pipeline turns the prediction round).
         """
         calls, self.calls = self.calls, []
         if not calls:
             raise ValueError(
-                "the model was not called between two scheduler steps, so there is no Jacobian; was the scheduler stepped "
-                "twice, or is a cache skipping the model? Disable the cache"
+                "the model was not called between two scheduler steps, so there is no Jacobian; was the scheduler "
+                "stepped twice, or is a cache skipping the model? Disable the cache"
             )
         copies = 2 if self._is_doubled(mixed, calls) else 1
         single = mixed[: len(mixed) // copies]
@@ -80,29 +81,37 @@ class NetworkCalls:
 
 
 def _mixture_weights(mixed: Tensor, outputs: list[Tensor]) -> list[float]:
+    if any(output.shape != mixed.shape for output in outputs) or not outputs:
+        shapes = sorted({tuple(output.shape) for output in outputs})
+        raise ValueError(f"the scheduler received a tensor of shape {tuple(mixed.shape)}, the model returned {shapes}")
     matrix = torch.stack([output.flatten().double() for output in outputs], dim=1)
     target = mixed.flatten().double()
     # The normal equations are tiny; equal branches make them singular, where the pseudo-inverse shares the weight.
     weights = torch.linalg.pinv(matrix.mT @ matrix, hermitian=True, rtol=1e-12) @ (matrix.mT @ target)
-    scale = max(float(target.norm()), torch.finfo(torch.float64).tiny)
-    error = float((matrix @ weights - target).norm()) / scale
-    if error > _TOLERANCE.get(mixed.dtype, 1e-4) * max(1.0, float(weights.abs().sum())):
+    error = (matrix @ weights - target).norm() / target.norm().clamp_min(torch.finfo(torch.float64).tiny)
+    relative_error, total, *shares = torch.cat([torch.stack([error, weights.sum()]), weights]).tolist()
+    # The mixture may have been computed in the network's dtype and handed on in a wider one.
+    tolerance = max(_TOLERANCE.get(tensor.dtype, 1e-4) for tensor in (mixed, *outputs))
+    tolerance *= max(1.0, sum(abs(share) for share in shares))
+    if relative_error > tolerance or abs(abs(total) - 1) > tolerance:
         raise ValueError(
-            f"the scheduler received a tensor that is no linear mixture of the model's outputs (relative error {error:.1e}): "
-            "guidance_rescale, perturbed attention or dynamic thresholding outside the scheduler; switch it off"
+            f"the scheduler received a tensor that is no affine mixture of the model's outputs (relative error "
+            f"{relative_error:.1e}, weights that sum to {total:.4f}): the pipeline rescales or bends what it mixed; "
+            "switch off guidance_rescale, guidance normalisation, or thresholding outside the scheduler"
         )
-    return weights.tolist()
+    return shares
 
 
 def _pulled_back(call: Linearization, weights: list[float], v: Tensor) -> Tensor:
     """sum_i w_i J_i v for the branches of one call, in one product: samples do not mix inside a network."""
-    stacked = torch.cat([weight * v for weight in weights])
-    channels = call.output.shape[1]
-    if stacked.ndim == call.output.ndim and stacked.shape[1] < channels:
-        padding = stacked.new_zeros(len(stacked), channels - stacked.shape[1], *stacked.shape[2:])
-        stacked = torch.cat([stacked, padding], dim=1)
-    image = call.product(stacked)
-    image = image[:, : v.shape[1]] if image.shape[1:] != v.shape[1:] else image
+    stacked = _resized(torch.cat([weight * v for weight in weights]), call.product_shape or call.output.shape)
+    image = _resized(call.product(stacked), v.shape)
     return image.reshape(len(weights), *v.shape).sum(dim=0)
 
 
+def _resized(tensor: Tensor, shape: torch.Size) -> Tensor:
+    """Cut or zero-padded along the second axis: channels or tokens that only one side of the network has."""
+    wanted = shape[1] if len(shape) == tensor.ndim else tensor.shape[1]
+    if tensor.shape[1] >= wanted:
+        return tensor[:, :wanted]
+    return torch.cat([tensor, tensor.new_zeros(len(tensor), wanted - tensor.shape[1], *tensor.shape[2:])], dim=1)

@@ -10,10 +10,10 @@ For the posterior mean of an exact denoiser J is symmetric and all three agree. 
 asymmetry, and sampling with one is as good as with the other (docs/methods/lgs.md has the measurement).
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,10 +29,16 @@ ProductMethod = Literal["vjp", "jvp", "difference"]
 
 @dataclass(frozen=True, eq=False)
 class Linearization:
-    """A function at one point: its value there, detached, and ``product``: v -> J v (``vjp``: J^T v) in v's dtype."""
+    """A function at one point: its value there, detached, and ``product``: v -> J v (``vjp``: J^T v) in v's dtype.
+
+    ``product_shape`` is the shape that ``product`` takes where it is not the output's: a network may see more channels
+    than it predicts (an inpainting mask) or predict more than it sees (a learned variance), and then J^T v takes v in the
+    output's shape, J v in the input's.
+    """
 
     output: Float[Tensor, "batch *out"]
     product: Callable[[Tensor], Tensor]
+    product_shape: torch.Size | None = None
 
 
 def linearize(
@@ -45,11 +51,11 @@ def linearize(
     """``function`` at ``x`` with Jacobian products; works inside ``no_grad`` and ``inference_mode``.
 
     Args:
-        function: maps a batch to a batch of the same shape, sample by sample.
+        function: maps a batch to a batch, sample by sample.
         x: the point.
         method: see the module's table.
-        module: the network inside ``function``, if any. Its parameters are frozen while the graph is built, so that
-            nothing is saved for gradients that nobody asks for.
+        module: the network inside ``function``, if any. Its parameters are frozen while the graph is built or used, so
+            that nothing is saved for gradients that nobody asks for.
 
     Raises:
         ValueError: if the method is unknown, the function cannot be differentiated, the module has active dropout, or
@@ -59,12 +65,11 @@ def linearize(
         _refuse_active_dropout(module)
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
-        if module is not None:
-            stack.enter_context(_frozen(module))
+        stack.enter_context(_frozen(module))
         x = x.clone() if x.is_inference() else x.detach()
         match method:
             case "vjp":
-                return _vjp(function, x)
+                return _vjp(function, x, module)
             case "jvp":
                 return _jvp(function, x)
             case "difference":
@@ -73,23 +78,32 @@ def linearize(
                 raise ValueError(f"method must be 'vjp', 'jvp' or 'difference', got {method!r}")
 
 
-def _vjp(function: Callable[[Tensor], Tensor], x: Tensor) -> Linearization:
+def _vjp(function: Callable[[Tensor], Tensor], x: Tensor, module: nn.Module | None) -> Linearization:
     with torch.enable_grad(), _buffers_kept():
         leaf = x.requires_grad_()
         output = function(leaf)
     if not output.requires_grad:
-        raise ValueError(
-            "the model's output does not depend differentiably on its input (it detaches, runs under no_grad inside, or "
-            "is quantised or exported without autograd); use method='difference', which needs only forward passes"
-        )
+        raise ValueError(_NOT_DIFFERENTIABLE)
+    # Unit vectors of many dimensions have entries that float16 gradients underflow at; a power of two undoes exactly.
+    scale = 2.0 ** round(output[0].numel() ** 0.5).bit_length() if output.dtype == torch.float16 else 1.0
 
     def product(v: Tensor) -> Tensor:
-        with torch.inference_mode(False), _buffers_kept():
+        with torch.inference_mode(False), _frozen(module), _buffers_kept():
             cotangent = v.clone() if v.is_inference() else v
-            (pulled,) = torch.autograd.grad(output, leaf, cotangent.to(output.dtype), retain_graph=True)
-        return pulled.to(v.dtype)
+            (pulled,) = torch.autograd.grad(
+                output, leaf, (cotangent * scale).to(output.dtype), retain_graph=True, allow_unused=True
+            )
+        if pulled is None:
+            raise ValueError(_NOT_DIFFERENTIABLE)
+        return pulled.to(v.dtype) / scale
 
-    return Linearization(output.detach(), product)
+    return Linearization(output.detach(), product, output.shape)
+
+
+_NOT_DIFFERENTIABLE = (
+    "the model's output does not depend differentiably on its input (it detaches, runs under no_grad inside, or is "
+    "quantised or exported without autograd); use method='difference', which needs only forward passes"
+)
 
 
 def _jvp(function: Callable[[Tensor], Tensor], x: Tensor) -> Linearization:
@@ -102,7 +116,7 @@ def _jvp(function: Callable[[Tensor], Tensor], x: Tensor) -> Linearization:
             _, tangent = torch.func.jvp(function, (x,), (v.to(x.dtype).clone(),))
         return tangent.detach().to(v.dtype)
 
-    return Linearization(output, product)
+    return Linearization(output, product, x.shape)
 
 
 def _difference(function: Callable[[Tensor], Tensor], x: Tensor) -> Linearization:
@@ -120,23 +134,30 @@ def _difference(function: Callable[[Tensor], Tensor], x: Tensor) -> Linearizatio
         step = (size / rms).reshape(-1, *[1] * (v.ndim - 1))
         shift = (step * v).to(x.dtype)
         with torch.no_grad():
-            return ((function(x + shift) - function(x - shift)) / (2 * step)).to(v.dtype)
+            change = function(x + shift) - function(x - shift)
+        return (change / (2 * step).reshape(-1, *[1] * (change.ndim - 1))).to(v.dtype)
 
-    return Linearization(output, product)
+    return Linearization(output, product, x.shape)
 
 
 class _ContiguousGroupNorm(TorchFunctionMode):
     """group_norm's forward-mode rule calls .view on its input, which attention leaves transposed in UNet2DModel."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
         if func is F.group_norm:
             args = (args[0].contiguous(), *args[1:])
         return func(*args, **(kwargs or {}))
 
 
 @contextmanager
-def _frozen(module: nn.Module) -> Iterator[None]:
-    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+def _frozen(module: nn.Module | None) -> Iterator[None]:
+    trainable = [p for p in module.parameters() if p.requires_grad] if module is not None else []
     for parameter in trainable:
         parameter.requires_grad_(False)
     try:
@@ -146,7 +167,7 @@ def _frozen(module: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _buffers_kept():
+def _buffers_kept() -> AbstractContextManager[object]:
     # A compiled backward may reuse the saved tensors' memory, which a second product would then read.
     return torch._functorch.config.patch("donated_buffer", False)
 
@@ -154,4 +175,6 @@ def _buffers_kept():
 def _refuse_active_dropout(module: nn.Module) -> None:
     for name, child in module.named_modules():
         if isinstance(child, nn.modules.dropout._DropoutNd) and child.training and child.p > 0:
-            raise ValueError(f"dropout is active in {name or 'the model'}: the products would be noise; call model.eval()")
+            raise ValueError(
+                f"dropout is active in {name or 'the model'}: the products would be noise; call model.eval()"
+            )

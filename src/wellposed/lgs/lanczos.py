@@ -30,7 +30,8 @@ class Krylov:
         hessenberg: H, float64 on the CPU. For a symmetric operator it is tridiagonal up to rounding.
         norm: ||z||, so that ``vectors[:, 0] * norm`` is z.
         steps: how many products count for each sample; fewer than m where ``converged`` said so.
-        failed: samples that met a NaN or inf in a product. Their H is zero, so that f(H) is f(0) times the identity.
+        failed: samples that met a NaN or inf in a product, on the CPU. Their H is zero, so that f(H) is f(0) times the
+            identity.
         shape: of one batch of vectors outside.
     """
 
@@ -67,15 +68,16 @@ def lanczos(
 
     Gram-Schmidt runs twice against the whole basis, and all of H is kept (Arnoldi): at m <= 8 this costs nothing beside a
     network's product, and the symmetric part of H is that of ``sym(A)`` also where a trained network's Jacobian is not
-    symmetric. A residual below ``breakdown`` times the Rayleigh quotient means that the space is invariant for that sample:
-    it is dropped, H decouples and f(A) z is exact.
+    symmetric. A residual of at most ``breakdown`` times the image's norm means that the space is invariant for that
+    sample: it is dropped, H decouples and f(A) z is exact.
 
     Args:
         product: v -> A v, for a whole batch in z's shape; called with at least float32.
         z: start vectors.
         num_steps: m >= 0, the most products to take.
         converged: asked after each product but the last; samples for which it is true take no part in further ones.
-        breakdown: relative size of a residual that counts as zero.
+        breakdown: relative size of a residual that counts as zero. It is measured against ||A v||, not against the
+            Rayleigh quotient, which can vanish where A has negative eigenvalues.
 
     Raises:
         ValueError: if ``num_steps`` is negative.
@@ -93,19 +95,24 @@ def lanczos(
     active = torch.ones(batch, dtype=torch.bool)
 
     def so_far(taken: int) -> Krylov:
-        zeroed = torch.where(failed[:, None, None], 0, hessenberg[:, : taken + 1, :taken])
+        small = hessenberg[:, : taken + 1, :taken]
+        # One transfer for both: on an accelerator every one waits for the products before it.
+        packed = torch.cat([small.flatten(1), failed[:, None].to(small.dtype)], dim=1).cpu()
+        lost = packed[:, -1] > 0
         return Krylov(
             vectors=vectors[:, : taken + 1],
-            hessenberg=zeroed.cpu().double(),
+            hessenberg=torch.where(lost[:, None, None], 0, packed[:, :-1].reshape(small.shape)).double(),
             norm=norm,
             steps=steps,
-            failed=failed,
+            failed=lost,
             shape=z.shape,
         )
 
     for step in range(num_steps):
         image = product(vectors[:, step].reshape(z.shape)).flatten(1).to(start.dtype)
-        failed = failed | ~image.isfinite().all(dim=1)
+        size = image.norm(dim=1)
+        # Also entries that are finite but whose squares overflow: H could not be diagonalised.
+        failed = failed | ~size.isfinite()
         image = torch.where(failed[:, None], 0, image)
         basis = vectors[:, : step + 1]
         for _ in range(2):
@@ -113,7 +120,7 @@ def lanczos(
             image = image - torch.einsum("bk,bkd->bd", overlap, basis)
             hessenberg[:, : step + 1, step] += overlap
         residual = image.norm(dim=1)
-        alive = residual > breakdown * hessenberg[:, step, step].abs()
+        alive = residual > breakdown * size
         hessenberg[:, step + 1, step] = torch.where(alive, residual, 0)
         vectors[:, step + 1] = torch.where(alive[:, None], image / torch.where(alive, residual, 1)[:, None], 0)
         steps = steps + active
