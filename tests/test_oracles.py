@@ -96,7 +96,7 @@ def test_one_gaussian_has_the_linear_denoiser(path: GaussianPath) -> None:
     oracle = gaussian_oracle(mean=mean, covariance=covariance, path=path)
     x_t = noisy(oracle)
     alpha, sigma = path.alpha(T), path.sigma(T)
-    gain = alpha * covariance @ torch.linalg.inv(alpha**2 * covariance + sigma**2 * torch.eye(4))
+    gain = alpha * covariance @ torch.linalg.inv(alpha**2 * covariance + sigma**2 * torch.eye(4, dtype=torch.float64))
     torch.testing.assert_close(oracle(x_t, T), mean + (x_t - alpha * mean) @ gain.T)
     posterior = covariance - alpha * gain @ covariance
     torch.testing.assert_close(oracle.posterior_covariance(x_t, T), posterior.expand(4, 4, 4))

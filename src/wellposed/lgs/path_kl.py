@@ -48,7 +48,7 @@ eigenvalue, at each x_t. ``isotropic_t``: the best single number per step, the A
 ``beta_tilde``: DDPM's two fixed choices, exact for data N(0, I) and for a single point respectively."""
 
 
-def log_snr_grid(num_steps: int, *, snr_min: float = 1e-3, snr_max: float = 50.0) -> Float[Tensor, " steps+1"]:
+def log_snr_grid(num_steps: int, *, snr_min: float = 1e-3, snr_max: float = 50.0) -> Float[Tensor, " points"]:
     """SNRs uniform in their logarithm, from ``snr_max`` down to ``snr_min``.
 
     Raises:
@@ -92,7 +92,7 @@ class PathKL:
         mismatch: what each covariance adds to it.
     """
 
-    snrs: Float[Tensor, " steps+1"]
+    snrs: Float[Tensor, " points"]
     non_gaussianity: Float[Tensor, " steps"]
     mismatch: Mapping[CovarianceKind, Float[Tensor, " steps"]]
 

@@ -41,7 +41,7 @@ def optimal_snr_grid(
     snr_min: float = 1e-3,
     snr_max: float = 50.0,
     resolution: int = 64,
-) -> Float[Tensor, " steps+1"]:
+) -> Float[Tensor, " points"]:
     """The SNR grid of least path KL for one covariance, between two SNRs.
 
     Args:
@@ -87,7 +87,7 @@ def cost_density(quadrature: ChannelQuadrature, snr: float, kind: CovarianceKind
 
 def equal_cost_grid(
     snrs: Float[Tensor, " nodes"], costs: Float[Tensor, " nodes"], num_steps: int, *, order: int
-) -> Float[Tensor, " steps+1"]:
+) -> Float[Tensor, " points"]:
     """Steps between the first and the last SNR, each with the same share of the integral of ``costs^(1/order)``.
 
     Args:
