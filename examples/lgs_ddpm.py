@@ -3,8 +3,9 @@
     python examples/lgs_ddpm.py                               # the analytic target only: seconds, nothing to download
     python examples/lgs_ddpm.py google/ddpm-cifar10-32        # a pipeline by hub id or folder, 16 images each
 
-What to expect of the analytic target (16 coordinates, variances from 0.01 to 3.2, 10 steps, 20,000 samples): the ratio of
-sampled to true variance along the worst direction is off by a factor of 7 for m = 1, below 2 for m = 2, 1.3 for m = 3.
+What to expect of the analytic target (16 coordinates, variances from 0.01 to 3.2, 10 steps, 20,000 samples): the ratio
+of sampled to true variance along the worst direction is off by a factor of 7 for m = 1, below 2 for m = 2, 1.3 for m =
+3.
 """
 
 import sys

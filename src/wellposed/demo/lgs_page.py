@@ -91,10 +91,11 @@ def _rates(theory: Mapping[str, Any], network: Mapping[str, Any], settings: Demo
     figure = Figure(
         pictures=(draw(left), draw(right)),
         caption=(
-            "**Left:** path KL of a DDPM with the exact mean and each covariance, by quadrature, on a two-dimensional mixture "
+            "**Left:** path KL of a DDPM with the exact mean and each covariance, by quadrature, on a "
+            "two-dimensional mixture "
             "of our own choosing; slopes are fitted from T = 32 on. Only the full covariance falls with T². **Right:** "
-            f"Frechet distance of {settings.num_samples} samples on the features of a {network['extractor']}; it is not FID, "
-            "and its floor is the dashed line."
+            f"Frechet distance of {settings.num_samples} samples on the features of a {network['extractor']}; it is not
+            FID, " "and its floor is the dashed line."
         ),
         alt=(
             "Path KL against the number of steps on logarithmic axes: the full covariance falls twice as steeply.",
@@ -103,9 +104,10 @@ def _rates(theory: Mapping[str, Any], network: Mapping[str, Any], settings: Demo
         wide=True,
     )
     text = (
-        "A reverse step of a DDPM is a Gaussian. Its mean is learned; its covariance is usually a fixed multiple of the "
-        "identity. The exact one, ``beta~ I + g^2 Cov[x_0 | x_t]``, is neither isotropic nor diagonal, and with it the error "
-        "of the whole chain falls with the square of the number of steps."
+        "A reverse step of a DDPM is a Gaussian. Its mean is learned; its covariance is usually a fixed "
+        "multiple of the "
+        "identity. The exact one, ``beta~ I + g^2 Cov[x_0 | x_t]``, is neither isotropic nor diagonal, and with it the
+        error " "of the whole chain falls with the square of the number of steps."
     ).replace("``", "`")
     return Section(id="rates", title="The default covariance is the wrong one", short="Rates", items=(text, figure))
 
@@ -187,10 +189,12 @@ def _depth(lanczos: Mapping[str, Any]) -> Section:
     figure = Figure(
         pictures=(draw(error), draw(kl)),
         caption=(
-            "A Gaussian with the power spectrum of photographs, where the exact answer is known. **Left:** the draw at the "
-            "worst step whose condition number is at most 4, where the bound falls like 3^-m. **Right:** path KL of the "
-            f"chain; its worst step has condition number {lanczos['largest_condition']:.2g}. m = 0 is DDPM's fixed_small, "
-            "m = 1 an isotropic covariance."
+            "A Gaussian with the power spectrum of photographs, where the exact answer is known. "
+            "**Left:** the draw at the "
+            "worst step whose condition number is at most 4, where the bound falls like 3^-m. **Right:** "
+            "path KL of the "
+            f"chain; its worst step has condition number {lanczos['largest_condition']:.2g}. m = 0 is DDPM's
+            fixed_small, " "m = 1 an isotropic covariance."
         ),
         alt=("Error of the Lanczos draw against m with the line 3^-m.", "Path KL against m."),
         wide=True,
@@ -214,7 +218,8 @@ def _published(network: Mapping[str, Any], settings: DemoSettings) -> Section:
             ("OCM-DDPM", 12.66, 7.09, at["ocm", few], at["ocm", many]),
         ),
         caption=(
-            "Published figures (arXiv 2605.22723) beside ours. They are on other data, another network and another feature "
+            "Published figures (arXiv 2605.22723) beside ours. They are on other data, another network "
+            "and another feature "
             "extractor; only the order of the rows can be compared. `wellposed train lgs_celeba64` runs the published "
             "setting where its weights and statistics are at hand."
         ),
@@ -224,7 +229,8 @@ def _published(network: Mapping[str, Any], settings: DemoSettings) -> Section:
         kind="caveat",
         text=(
             "A rate of the path KL is no rate of sample quality: the marginal's error of an isotropic chain is already "
-            "O(1/T²), and a trained network's own error, which no covariance repairs, dominates at large T. The heads of "
+            "O(1/T²), and a trained network's own error, which no covariance repairs, dominates at large "
+            "T. The heads of "
             "NPR, SN and OCM were trained here for minutes, not for the published 500,000 iterations."
         ),
     )

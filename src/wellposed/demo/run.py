@@ -22,12 +22,12 @@ def run_demo(
     seed: int = 0,
     device: str = "cpu",
     resume: bool = True,
-    settings: DemoSettings = DemoSettings(),
+    settings: DemoSettings | None = None,
 ) -> Path:
     """Trains, samples, measures, and writes ``out/index.html``.
 
-    A second run reuses the stages that are finished, and an interrupted one goes on from the last of them (training from
-    its last checkpoint).
+    A second run reuses the stages that are finished, and an interrupted one goes on from the last of them (training
+    from its last checkpoint).
 
     Args:
         out: folder of the run.
@@ -46,6 +46,7 @@ def run_demo(
     out = Path(out)
     if not resume and (out / "path_kl").exists():
         raise ValueError(f"{out} holds a demo; go on with it by --resume, or choose another folder with --out")
+    settings = settings or DemoSettings()
     if steps is not None:
         settings = replace(settings, training_steps=steps)
     console = Console()
@@ -56,9 +57,11 @@ def run_demo(
     page = Page(
         title="wellposed, measured on this machine",
         lead=(
-            "Diffusion toolkits are full of underspecified defaults. This page takes one, the covariance of a reverse step, "
+            "Diffusion toolkits are full of underspecified defaults. This page takes one, the covariance "
+            "of a reverse step, "
             "and measures it against its exact counterpart: the Lanczos Gaussian sampler of "
-            "[arXiv 2605.22723](https://arxiv.org/abs/2605.22723), which needs no training. Everything below was computed "
+            "[arXiv 2605.22723](https://arxiv.org/abs/2605.22723), which needs no training. Everything "
+            "below was computed "
             "by `wellposed demo` just now."
         ),
         opening=(headline(theory, network, settings),),

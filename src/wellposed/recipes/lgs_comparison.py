@@ -1,7 +1,7 @@
 """Every covariance on one trained network: quality against steps, network evaluations and time.
 
-A contender is a name and a way to sample; ``compare`` runs each at each number of steps from the same noise and scores the
-images. The demo and ``benchmarks/lgs_quality.py`` are two calls of it.
+A contender is a name and a way to sample; ``compare`` runs each at each number of steps from the same noise and scores
+the images. The demo and ``benchmarks/lgs_quality.py`` are two calls of it.
 """
 
 import time
@@ -72,8 +72,8 @@ class Contender:
 class Outcome:
     """One contender at one number of steps.
 
-    ``frechet`` has one entry a seed. ``seconds`` is wall-clock time per image; ``evaluations`` counts forward passes and
-    Jacobian products per image; ``mean_products`` is what a step took on average.
+    ``frechet`` has one entry a seed. ``seconds`` is wall-clock time per image; ``evaluations`` counts forward passes
+    and Jacobian products per image; ``mean_products`` is what a step took on average.
     """
 
     name: str
@@ -245,7 +245,8 @@ def compare(
 ) -> list[Outcome]:
     """Every contender at every number of steps.
 
-    All start from the same x_T for one seed. Contenders take turns within a number of steps, so that a slow minute of the
+    All start from the same x_T for one seed, at every number of steps: differences are then those of the methods, not
+    of the draw. Contenders take turns within a number of steps, so that a slow minute of the
     machine does not fall on one of them alone.
 
     Args:
@@ -275,7 +276,7 @@ def compare(
                 images: list[Tensor] = []
                 for start in range(0, num_samples, batch_size):
                     size = min(batch_size, num_samples - start)
-                    generator = torch.Generator(device).manual_seed(derived_seed(seed, steps, start))
+                    generator = torch.Generator(device).manual_seed(derived_seed(seed, "comparison", start))
                     x_T = torch.randn(size, *shape, generator=generator, device=device)
                     began = time.perf_counter()
                     drawn, record = contender.sampler(x_T, times, generator)
