@@ -15,17 +15,9 @@ from torch import Tensor
 from wellposed.lgs.channel import channel_quadrature
 from wellposed.lgs.path_kl import anisotropic_mixture, path_kl
 from wellposed.lgs.placement import cost_density
+from wellposed.lgs.terminal_kl import line_mixture
 from wellposed.oracles import GaussianMixtureOracle
 from wellposed.paths import Cosine, GaussianPath, RectifiedFlow, VariancePreserving
-
-
-def line_mixture(path: GaussianPath | None = None) -> GaussianMixtureOracle:
-    return GaussianMixtureOracle(
-        weights=torch.tensor([0.45, 0.35, 0.2], dtype=torch.float64),
-        means=torch.tensor([[-1.0], [0.5], [1.4]], dtype=torch.float64),
-        covariances=torch.tensor([0.09, 0.16, 0.04], dtype=torch.float64).view(3, 1, 1),
-        path=path or RectifiedFlow(),
-    )
 
 
 def posterior_mixture(channel: GaussianMixtureOracle, y: Tensor) -> GaussianMixtureOracle:

@@ -17,8 +17,23 @@ from torch import Tensor
 from wellposed.lgs.channel import GaussianChannel, checked_snrs, square_grid
 from wellposed.lgs.path_kl import CovarianceKind
 from wellposed.oracles import GaussianMixtureOracle
+from wellposed.paths import GaussianPath, RectifiedFlow
 
-__all__ = ["TerminalDivergence", "terminal_divergence"]
+__all__ = ["TerminalDivergence", "line_mixture", "terminal_divergence"]
+
+
+def line_mixture(path: GaussianPath | None = None) -> GaussianMixtureOracle:
+    """A 1-D mixture of three Gaussians of our own choice, on which terminal divergences are shown.
+
+    Args:
+        path: where the oracle lives; the divergence does not depend on it. Default: ``RectifiedFlow()``.
+    """
+    return GaussianMixtureOracle(
+        weights=torch.tensor([0.45, 0.35, 0.2], dtype=torch.float64),
+        means=torch.tensor([[-1.0], [0.5], [1.4]], dtype=torch.float64),
+        covariances=torch.tensor([0.09, 0.16, 0.04], dtype=torch.float64).view(3, 1, 1),
+        path=path or RectifiedFlow(),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
