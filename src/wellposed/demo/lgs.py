@@ -40,10 +40,16 @@ from wellposed.recipes.lgs_comparison import (
     lanczos_contender,
     train_head,
 )
+from wellposed.recipes.lgs_guidance import (
+    GuidedVariant,
+    guided_digits_study,
+    guided_mixture_study,
+    train_noisy_classifier,
+)
 from wellposed.recipes.train import train_recipe
 from wellposed.training.context import derived_seed
 
-__all__ = ["GRID_COLUMNS", "SHOWN", "lanczos_study", "network_study", "path_kl_study"]
+__all__ = ["GRID_COLUMNS", "SHOWN", "guidance_study", "lanczos_study", "network_study", "path_kl_study"]
 
 SHOWN = ("beta_tilde", "beta", "analytic", "ocm", "lgs_1", "lgs_3", "ddim")
 """Contenders whose samples are shown."""
@@ -156,6 +162,73 @@ def network_study(stages: Stages, settings: DemoSettings, *, device: str) -> dic
         "num_samples": settings.num_samples,
     }
     return dict(stages.run("covariances", "Sampling with every covariance", chosen, compute).metrics)
+
+
+def guidance_study(stages: Stages, settings: DemoSettings, *, device: str) -> dict[str, Any]:
+    """Classifier guidance on the mixture, where the answer is known, and on the trained network."""
+
+    def compute(folder: Path) -> dict[str, Any]:
+        variants = [GuidedVariant(form="posterior", noise="full")]
+        variants += [
+            GuidedVariant(form="shift", noise=shape) for shape in ("full", "diagonal", "isotropic", "beta_tilde")
+        ]
+        mixture = guided_mixture_study(
+            settings.guidance_steps,
+            settings.guidance_scales,
+            num_samples=settings.guidance_samples,
+            seed=stages.seed,
+            variants=variants,
+        )
+        denoiser = load_denoiser(stages.folder / "network" / "pipeline", resolved_device(device))
+        classifier = train_noisy_classifier(
+            folder / "classifier", denoiser.path, steps=settings.classifier_steps, seed=stages.seed, device=device
+        )
+        extractor = digit_features(stages.folder / "covariances" / "features", device=device)
+        images = guided_digits_study(
+            denoiser,
+            classifier,
+            extractor,
+            step_counts=settings.guidance_steps[:1],
+            scales=settings.guidance_scales,
+            lanczos_steps=(3, 1, 0),
+            forms=("shift",),
+            num_samples=settings.guided_digits,
+            seed=stages.seed,
+        )
+        return {
+            "mixture": [
+                {
+                    "variant": row.variant.name,
+                    "steps": row.steps,
+                    "scale": row.scale,
+                    "distance": (row.distance.value, row.distance.standard_error),
+                    "agreement": row.agreement,
+                }
+                for row in mixture.rows
+            ],
+            "exact_agreement": mixture.exact_agreement,
+            "digits": [
+                {
+                    "variant": f"{row.form}, m = {row.num_lanczos_steps}",
+                    "steps": row.steps,
+                    "scale": row.scale,
+                    "agreement": (row.agreement.value, row.agreement.standard_error),
+                    "frechet": row.frechet,
+                }
+                for row in images.rows
+            ],
+            "real_agreement": images.real_agreement.value,
+        }
+
+    chosen = {
+        "training_steps": settings.training_steps,
+        "steps": settings.guidance_steps,
+        "scales": settings.guidance_scales,
+        "samples": settings.guidance_samples,
+        "digits": settings.guided_digits,
+        "classifier_steps": settings.classifier_steps,
+    }
+    return dict(stages.run("guidance", "Classifier guidance", chosen, compute).metrics)
 
 
 def _heads(stages: Stages, settings: DemoSettings, denoiser: NetworkDenoiser, device: str) -> list[Any]:

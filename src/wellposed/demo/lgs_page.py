@@ -1,7 +1,7 @@
 """The room lgs on the demo page."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ def lgs_sections(
     theory: Mapping[str, Any],
     lanczos: Mapping[str, Any],
     network: Mapping[str, Any],
-    guidance: Sequence[Section],
+    guidance: Mapping[str, Any],
     folder: Path,
     settings: DemoSettings,
 ) -> tuple[Section, ...]:
@@ -57,7 +57,7 @@ def lgs_sections(
         _samples(folder, settings),
         _cost(network),
         _depth(lanczos),
-        *guidance,
+        _guided(guidance),
         _published(network, settings),
     )
 
@@ -94,8 +94,8 @@ def _rates(theory: Mapping[str, Any], network: Mapping[str, Any], settings: Demo
             "**Left:** path KL of a DDPM with the exact mean and each covariance, by quadrature, on a "
             "two-dimensional mixture "
             "of our own choosing; slopes are fitted from T = 32 on. Only the full covariance falls with T². **Right:** "
-            f"Frechet distance of {settings.num_samples} samples on the features of a {network['extractor']}; it is not
-            FID, " "and its floor is the dashed line."
+            f"Frechet distance of {settings.num_samples} samples on the features of a {network['extractor']}; "
+            "it is not FID, and its floor is the dashed line."
         ),
         alt=(
             "Path KL against the number of steps on logarithmic axes: the full covariance falls twice as steeply.",
@@ -104,11 +104,10 @@ def _rates(theory: Mapping[str, Any], network: Mapping[str, Any], settings: Demo
         wide=True,
     )
     text = (
-        "A reverse step of a DDPM is a Gaussian. Its mean is learned; its covariance is usually a fixed "
-        "multiple of the "
-        "identity. The exact one, ``beta~ I + g^2 Cov[x_0 | x_t]``, is neither isotropic nor diagonal, and with it the
-        error " "of the whole chain falls with the square of the number of steps."
-    ).replace("``", "`")
+        "A reverse step of a DDPM is a Gaussian. Its mean is learned; its covariance is usually a fixed multiple of "
+        "the identity. The exact one, `beta~ I + g^2 Cov[x_0 | x_t]`, is neither isotropic nor diagonal, and with it the "
+        "error of the whole chain falls with the square of the number of steps."
+    )
     return Section(id="rates", title="The default covariance is the wrong one", short="Rates", items=(text, figure))
 
 
@@ -193,13 +192,55 @@ def _depth(lanczos: Mapping[str, Any]) -> Section:
             "**Left:** the draw at the "
             "worst step whose condition number is at most 4, where the bound falls like 3^-m. **Right:** "
             "path KL of the "
-            f"chain; its worst step has condition number {lanczos['largest_condition']:.2g}. m = 0 is DDPM's
-            fixed_small, " "m = 1 an isotropic covariance."
+            f"chain; its worst step has condition number {lanczos['largest_condition']:.2g}. m = 0 is "
+            "DDPM's fixed_small, m = 1 an isotropic covariance."
         ),
         alt=("Error of the Lanczos draw against m with the line 3^-m.", "Path KL against m."),
         wide=True,
     )
     return Section(id="depth", title="Three products are enough", short="Lanczos", items=(figure,))
+
+
+def _guided(guidance: Mapping[str, Any]) -> Section:
+    mixture = Table(
+        columns=(
+            "covariance, in noise and guidance",
+            "T",
+            "scale",
+            Column(title="energy distance to the exact conditional law", best="min"),
+            "p(y | x)",
+        ),
+        rows=tuple(
+            (row["variant"], row["steps"], row["scale"], tuple(row["distance"]), row["agreement"])
+            for row in guidance["mixture"]
+        ),
+        caption=(
+            "The mixture with its exact classifier p(y | x_t): whatever distance remains is the sampler's. 0 within its "
+            f"error is exact; the law itself has p(y | x) = {guidance['exact_agreement']:.3f}. *posterior*: "
+            "the classifier is part of the denoiser, so that its Hessian is part of the covariance; *shift*: the mean "
+            "moves by Sigma times the classifier's gradient. At scales above 1 no sampler aims at the conditional law."
+        ),
+    )
+    images = Table(
+        columns=(
+            "guidance, digits",
+            "T",
+            "scale",
+            Column(title="class agreement", best="max"),
+            Column(title="Frechet distance", best="min"),
+        ),
+        rows=tuple(
+            (row["variant"], row["steps"], row["scale"], tuple(row["agreement"]), row["frechet"])
+            for row in guidance["digits"]
+        ),
+        caption=(
+            "The trained network with a small classifier of noised digits. Agreement is judged by other features; real "
+            f"digits score {guidance['real_agreement']:.1%}. m counts Lanczos products, 0 is DDPM's fixed_small."
+        ),
+    )
+    return Section(
+        id="guidance", title="Classifier guidance is where it matters", short="Guidance", items=(mixture, images)
+    )
 
 
 def _published(network: Mapping[str, Any], settings: DemoSettings) -> Section:

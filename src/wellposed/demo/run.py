@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from wellposed.demo.lgs import lanczos_study, network_study, path_kl_study
+from wellposed.demo.lgs import guidance_study, lanczos_study, network_study, path_kl_study
 from wellposed.demo.lgs_page import headline, lgs_sections
 from wellposed.demo.settings import DemoSettings
 from wellposed.demo.stages import Stages
@@ -54,6 +54,7 @@ def run_demo(
     theory = path_kl_study(stages, settings)
     lanczos = lanczos_study(stages, settings)
     network = network_study(stages, settings, device=device)
+    guidance = guidance_study(stages, settings, device=device)
     page = Page(
         title="wellposed, measured on this machine",
         lead=(
@@ -65,7 +66,7 @@ def run_demo(
             "by `wellposed demo` just now."
         ),
         opening=(headline(theory, network, settings),),
-        sections=lgs_sections(theory, lanczos, network, (), out, settings),
+        sections=lgs_sections(theory, lanczos, network, guidance, out, settings),
         footer=provenance(stages.records),
     )
     path = write_page(page, out / "index.html")

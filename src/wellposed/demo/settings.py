@@ -18,7 +18,9 @@ class DemoSettings:
         max_products: largest m in the study of the Lanczos draw.
         guidance_steps: numbers T of guided sampling.
         guidance_scales: guidance scales.
-        guidance_samples: samples of a guided run on the mixture, and a quarter of it on the digits.
+        guidance_samples: samples of a guided run on the mixture.
+        guided_digits: images of a guided run on the digits, a multiple of 10.
+        classifier_steps: training steps of the classifier of noised digits.
     """
 
     training_steps: int = 1500
@@ -29,4 +31,6 @@ class DemoSettings:
     max_products: int = 6
     guidance_steps: tuple[int, ...] = (10, 25)
     guidance_scales: tuple[float, ...] = (1.0, 2.0, 5.0)
-    guidance_samples: int = 1000
+    guidance_samples: int = 1500
+    guided_digits: int = 200
+    classifier_steps: int = 500
