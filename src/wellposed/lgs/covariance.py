@@ -1,8 +1,8 @@
 r"""The posterior covariance of a step, as a product.
 
-With C = Cov[x_0 | x_t], Tweedie's second-order identity reads C = (sigma_t^2 / alpha_t) J, J the Jacobian of the posterior
-mean E[x_0 | x_t]. A network's raw prediction p is linear in x_t and the posterior mean (``wellposed.paths.predictions``), so
-``C v = (sigma_t^2 / alpha_t) (c_x v + c_p J_p v)``:
+With C = Cov[x_0 | x_t], Tweedie's second-order identity reads C = (sigma_t^2 / alpha_t) J, J the Jacobian of the
+posterior mean E[x_0 | x_t]. A network's raw prediction p is linear in x_t and the posterior mean
+(``wellposed.paths.predictions``), so ``C v = (sigma_t^2 / alpha_t) (c_x v + c_p J_p v)``:
 
 | network predicts | C |
 | --- | --- |
@@ -12,8 +12,8 @@ mean E[x_0 | x_t]. A network's raw prediction p is linear in x_t and the posteri
 | flow_prediction | (sigma^2 / (1 - sigma)) (I - sigma J) |
 
 with a = alpha_t^2 and b = sigma_t^2 on a variance-preserving path. The covariance of the reverse step is then
-``Sigma = variance I + x_0_weight^2 C`` with the numbers of its ``Bridge``; C is positive semi-definite, so ``variance`` is
-an exact floor of its spectrum.
+``Sigma = variance I + x_0_weight^2 C`` with the numbers of its ``Bridge``; C is positive semi-definite, so
+``variance`` is an exact floor of its spectrum.
 """
 
 import math
@@ -35,8 +35,8 @@ def posterior_covariance_product(
 ) -> Callable[[Tensor], Tensor]:
     """v -> C v from v -> J_p v (or J_p^T v), p being the network's raw prediction.
 
-    The two scalars are float64 and the combination runs in v's dtype, float32 or wider, also where the network computes in
-    half precision: at high noise it subtracts nearly equal numbers.
+    The two scalars are float64 and the combination runs in v's dtype, float32 or wider, also where the network
+    computes in half precision: at high noise it subtracts nearly equal numbers.
 
     Args:
         jacobian_product: of the raw, unclipped prediction.

@@ -1,7 +1,7 @@
 """Unconditional generation with the Lanczos sampler, spelled out."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, ImagePipelineOutput, UNet2DModel
@@ -20,15 +20,15 @@ __all__ = ["LanczosDDPMPipeline"]
 class LanczosDDPMPipeline(DDPMPipeline):
     r"""``DDPMPipeline`` whose reverse steps have the full posterior covariance.
 
-    The loop is in plain sight: linearise the network at x_t, step. Any DDPM-family scheduler is converted on the way in,
-    so ``LanczosDDPMPipeline.from_pretrained("google/ddpm-cifar10-32")`` works as it is.
+    The loop is in plain sight: linearise the network at x_t, step. Any DDPM-family scheduler is converted on the way
+    in, so ``LanczosDDPMPipeline.from_pretrained("google/ddpm-cifar10-32")`` works as it is.
 
     Args:
         unet: the network.
         scheduler: a ``LanczosDDPMScheduler``, or one whose config it takes over.
     """
 
-    _callback_tensor_inputs = ["latents"]
+    _callback_tensor_inputs: ClassVar[list[str]] = ["latents"]
 
     def __init__(self, unet: UNet2DModel, scheduler: DDPMScheduler) -> None:
         refuse_guidance_embedding(unet.config)
@@ -58,7 +58,8 @@ class LanczosDDPMPipeline(DDPMPipeline):
             batch_size: how many.
             generator: one, or one per image: image i is then the same in any batch.
             num_inference_steps: reverse steps; each costs 1 + m forward passes.
-            output_type: "pil", "np" or "pt" (batch, channels, height, width), all from [0, 1]; "latent" for the raw state.
+            output_type: "pil", "np" or "pt" (batch, channels, height, width), all from [0, 1]; "latent" for the raw
+                state.
             return_dict: whether to return an ``ImagePipelineOutput``.
             latents: x_T to start from, in place of a draw.
             method: how Jacobian products are computed.
@@ -71,7 +72,8 @@ class LanczosDDPMPipeline(DDPMPipeline):
         """
         unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
         if unknown:
-            raise ValueError(f"callback tensor inputs can be {self._callback_tensor_inputs}, got also {sorted(unknown)}")
+            known = ", ".join(self._callback_tensor_inputs)
+            raise ValueError(f"callback tensor inputs can be {known}; got also {', '.join(sorted(unknown))}")
         size = self.unet.config.sample_size
         shape = (batch_size, self.unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
         device = self._execution_device
