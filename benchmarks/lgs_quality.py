@@ -92,9 +92,9 @@ class Functional(nn.Module):
         """By their own names, on the module's device."""
         return {name.replace("/", "."): weight for name, weight in self.named_buffers()}
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """The function at (x, t)."""
-        return self.function(self.weights(), x, t.long())
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        """The function at (x, timestep)."""
+        return self.function(self.weights(), x, timestep.long())
 
 
 def pretrained_mnist(folder: Path, device: torch.device) -> Bench:
