@@ -1,8 +1,9 @@
 """lgs: the reverse step's full covariance, drawn by Lanczos without training (arXiv 2605.22723).
 
-Read in this order: ``covariance`` (the identities), ``lanczos`` (a function of an operator, from products), ``jacobian``
-(where products come from), ``sampler`` (the step and the chain), ``baselines`` (what it replaces), ``path_kl`` (the theory,
-evaluated exactly), then the shells ``scheduler``, ``hooks`` and ``pipeline``.
+Read in this order: ``covariance`` (the identities), ``lanczos`` (a function of an operator, from products),
+``jacobian`` (where products come from), ``reverse`` (a step with any covariance), ``sampler`` (the Lanczos covariance
+and the chain), ``baselines`` (what it replaces), ``path_kl`` (the theory, evaluated exactly), then the shells
+``scheduler``, ``hooks`` and ``pipeline``.
 """
 
 from wellposed.lgs.covariance import posterior_covariance_product

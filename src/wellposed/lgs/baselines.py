@@ -13,8 +13,8 @@ Cov[x_0 | x_t], clamped to [0, r^2] for data in [-r, r]. With a = alpha_t^2 and 
 | ``HeadCovariance("ocm")`` | (b / a) (1 + h), h trained on sigma^2 v * (grad (v . score)) | 2406.10808 |
 
 The three heads are small networks on (x_t, t, eps_net) with the denoiser frozen; ``head_objective`` is what the one
-training loop minimises for them. The originals share the denoiser's features; a head of its own sees the same inputs and
-can be trained on any denoiser without opening it.
+training loop minimises for them. The originals share the denoiser's features; a head of its own sees the same inputs
+and can be trained on any denoiser without opening it.
 """
 
 import math
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from wellposed.denoisers import Denoiser
 from wellposed.lgs.jacobian import linearize
-from wellposed.lgs.sampler import CovarianceDraw, ReversePoint, StepCost, standard_normal
+from wellposed.lgs.reverse import CovarianceDraw, ReversePoint, StepCost, standard_normal
 from wellposed.paths import convert_prediction
 
 __all__ = [
@@ -73,7 +73,7 @@ class _Diagonal:
 
 @dataclass(frozen=True)
 class FixedSmall(_Diagonal):
-    """beta-tilde: the variance as if x_0 were known. diffusers' ``fixed_small``, and ``LanczosCovariance`` with m = 0."""
+    """beta-tilde: the variance as if x_0 were known. diffusers' ``fixed_small``, ``LanczosCovariance`` with m = 0."""
 
     def variance(self, point: ReversePoint) -> float:
         """The bridge's."""
@@ -113,7 +113,9 @@ class _Estimated(_Diagonal):
     def variance(self, point: ReversePoint) -> float | Tensor:
         """variance + x_0_weight^2 clamp(c)."""
         clean = self.clean_variance(point)
-        bounded = clean.clamp(0, self.max_variance) if isinstance(clean, Tensor) else min(max(clean, 0.0), self.max_variance)
+        bounded = (
+            clean.clamp(0, self.max_variance) if isinstance(clean, Tensor) else min(max(clean, 0.0), self.max_variance)
+        )
         variance = point.bridge.variance + point.bridge.x_0_weight**2 * bounded
         if self.end_noise_limit is None or not point.ends_at_first_noise:
             return variance
@@ -132,8 +134,8 @@ class AnalyticCovariance(_Estimated):
         if point.t not in self.second_moment:
             known = ", ".join(f"{t:g}" for t in sorted(self.second_moment)[:8])
             raise ValueError(
-                f"Gamma_t was not estimated at t = {point.t:g} (known: {known}, ...); call noise_second_moment with the "
-                "times that you sample at"
+                f"Gamma_t was not estimated at t = {point.t:g} (known: {known}, ...); call noise_second_moment with "
+                "the times that you sample at"
             )
         return (point.bridge.sigma_t / point.bridge.alpha_t) ** 2 * (1 - self.second_moment[point.t])
 
@@ -155,7 +157,8 @@ def noise_second_moment(
         batches: clean samples.
         times: those of the chain.
         generator: of the noise.
-        clip: bound of |x_0|, or a function that bounds x_0; eps_net is recomputed from the clipped posterior mean, as the published estimate does.
+        clip: bound of |x_0|, or a function that bounds x_0; eps_net is recomputed from the clipped posterior mean, as
+            the published estimate does.
         **cond: conditioning.
     """
     moments: dict[float, float] = {}
@@ -177,9 +180,9 @@ def noise_second_moment(
 class CovarianceHead(nn.Module):
     """A small convolutional network (x_t, eps_net, t) -> one number per coordinate.
 
-    Two residual blocks at full resolution with the noise level as a bias: about what the published "complex" heads add on
-    top of the U-Net, here without its features. ``kind`` fixes what the number means, and with it the output's range:
-    NPR and SN predict a square (softplus), OCM any real number.
+    Two residual blocks at full resolution with the noise level as a bias: about what the published "complex" heads add
+    on top of the U-Net, here without its features. ``kind`` fixes what the number means, and with it the output's
+    range: NPR and SN predict a square (softplus), OCM any real number.
     """
 
     def __init__(self, channels: int, *, kind: HeadKind, width: int = 64) -> None:
@@ -228,7 +231,9 @@ class HeadCovariance(_Estimated):
         """(b / a) times e, h - eps_net^2 or 1 + h."""
         epsilon = point.predicted("epsilon")
         batch = len(epsilon)
-        scales = (torch.full((batch,), scale, device=epsilon.device) for scale in (point.bridge.alpha_t, point.bridge.sigma_t))
+        scales = (
+            torch.full((batch,), scale, device=epsilon.device) for scale in (point.bridge.alpha_t, point.bridge.sigma_t)
+        )
         with torch.no_grad():
             h = self.head(point.x_t.to(epsilon.dtype), epsilon, *scales)
         share = {"npr": h, "sn": h - epsilon**2, "ocm": 1 + h}[self.head.kind]
@@ -247,8 +252,8 @@ def head_objective(
 ) -> Float[Tensor, ""]:
     r"""The regression loss of a head, with the denoiser frozen.
 
-    NPR: ``||(eps - eps_net)^2 - h||^2``; SN: ``||eps^2 - h||^2``; OCM: ``||sigma^2 v * (grad (v . score)) - h||^2`` with
-    ``score = -eps_net / sigma`` and one Rademacher probe v (2406.10808, eq. for the diagonal by Hutchinson).
+    NPR: ``||(eps - eps_net)^2 - h||^2``; SN: ``||eps^2 - h||^2``; OCM: ``||sigma^2 v * (grad (v . score)) - h||^2``
+    with ``score = -eps_net / sigma`` and one Rademacher probe v (2406.10808, Hutchinson's estimate of the diagonal).
 
     Args:
         denoiser: frozen.
@@ -288,7 +293,7 @@ def head_objective(
 def probed_diagonal(
     product: Callable[[Tensor], Tensor], like: Tensor, num_probes: int, *, generator: torch.Generator
 ) -> Tensor:
-    """Hutchinson's estimate of an operator's diagonal, the mean of v * A v over Rademacher v (OCM without a network)."""
+    """Hutchinson's estimate of an operator's diagonal: the mean of v * A v over Rademacher v (OCM without a head)."""
     total = torch.zeros_like(like)
     for _ in range(num_probes):
         probe = torch.randint(0, 2, like.shape, generator=generator, device=generator.device).to(like) * 2 - 1

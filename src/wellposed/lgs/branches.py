@@ -2,9 +2,9 @@ r"""From what a pipeline hands to its scheduler back to the network calls it was
 
 Between two scheduler steps a pipeline may call its network once on the batch, once on the batch doubled for
 classifier-free guidance, or several times in a row; then it mixes the outputs outside the network and hands on one
-tensor. The Jacobian of that tensor is the same mixture of the calls' Jacobians. The mixture is linear in the outputs, so
-it can be read off the numbers: the weights that reproduce the tensor exactly. Nothing needs to be known of the pipeline,
-and a mixture that is not linear, or that rescales what it mixed, is noticed instead of being sampled wrongly.
+tensor. The Jacobian of that tensor is the same mixture of the calls' Jacobians. The mixture is linear in the outputs,
+so it can be read off the numbers: the weights that reproduce the tensor exactly. Nothing needs to be known of the
+pipeline, and a mixture that is not linear, or that rescales what it mixed, is noticed instead of being sampled wrongly.
 """
 
 from dataclasses import dataclass, field
@@ -53,9 +53,13 @@ class NetworkCalls:
             )
         copies = 2 if self._is_doubled(mixed, calls) else 1
         single = mixed[: len(mixed) // copies]
+        if any(len(call.output) % len(single) for call in calls):
+            rows = [len(call.output) for call in calls]
+            raise ValueError(f"the scheduler received a batch of {len(single)}, the model returned batches of {rows}")
         branches = [(call, part) for call in calls for part in range(len(call.output) // len(single))]
         outputs = [self._branch(call.output, part, single) for call, part in branches]
-        weights = _mixture_weights(single, outputs)
+        unmixed = len(outputs) == 1 and torch.equal(single, outputs[0])
+        weights = [1.0] if unmixed else _mixture_weights(single, outputs)
 
         def product(v: Tensor) -> Tensor:
             total = torch.zeros_like(v)
@@ -81,11 +85,11 @@ class NetworkCalls:
 
 
 def _mixture_weights(mixed: Tensor, outputs: list[Tensor]) -> list[float]:
-    if any(output.shape != mixed.shape for output in outputs) or not outputs:
+    if any(output.shape != mixed.shape for output in outputs):
         shapes = sorted({tuple(output.shape) for output in outputs})
         raise ValueError(f"the scheduler received a tensor of shape {tuple(mixed.shape)}, the model returned {shapes}")
-    matrix = torch.stack([output.flatten().double() for output in outputs], dim=1)
-    target = mixed.flatten().double()
+    matrix = torch.stack([_wide(output) for output in outputs], dim=1)
+    target = _wide(mixed)
     # The normal equations are tiny; equal branches make them singular, where the pseudo-inverse shares the weight.
     weights = torch.linalg.pinv(matrix.mT @ matrix, hermitian=True, rtol=1e-12) @ (matrix.mT @ target)
     error = (matrix @ weights - target).norm() / target.norm().clamp_min(torch.finfo(torch.float64).tiny)
@@ -100,6 +104,11 @@ def _mixture_weights(mixed: Tensor, outputs: list[Tensor]) -> list[float]:
             "switch off guidance_rescale, guidance normalisation, or thresholding outside the scheduler"
         )
     return shares
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    flat = tensor.flatten()
+    return (flat.cpu() if flat.device.type == "mps" else flat).double()  # MPS has no float64
 
 
 def _pulled_back(call: Linearization, weights: list[float], v: Tensor) -> Tensor:

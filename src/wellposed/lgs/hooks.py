@@ -152,7 +152,9 @@ def _check_network(name: str, model: nn.Module) -> None:
             f"pipe.{name} = torch.compile(pipe.{name}) instead"
         )
     if getattr(model, "is_cache_enabled", False):
-        raise ValueError(f"a cache is enabled on the {name}: its Jacobian is not the model's; call {name}.disable_cache()")
+        raise ValueError(
+            f"a cache is enabled on the {name}: its Jacobian is not the model's; call {name}.disable_cache()"
+        )
     for child_name, child in model.named_modules():
         offloads = getattr(getattr(child, "_hf_hook", None), "offload", False)
         hooks = getattr(getattr(child, "_diffusers_hook", None), "hooks", {})

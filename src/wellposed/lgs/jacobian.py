@@ -11,11 +11,12 @@ asymmetry, and sampling with one is as good as with the other (docs/methods/lgs.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch._functorch.config as functorch_config
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -32,8 +33,8 @@ class Linearization:
     """A function at one point: its value there, detached, and ``product``: v -> J v (``vjp``: J^T v) in v's dtype.
 
     ``product_shape`` is the shape that ``product`` takes where it is not the output's: a network may see more channels
-    than it predicts (an inpainting mask) or predict more than it sees (a learned variance), and then J^T v takes v in the
-    output's shape, J v in the input's.
+    than it predicts (an inpainting mask) or predict more than it sees (a learned variance), and then J^T v takes v in
+    the output's shape, J v in the input's.
     """
 
     output: Float[Tensor, "batch *out"]
@@ -113,7 +114,7 @@ def _jvp(function: Callable[[Tensor], Tensor], x: Tensor) -> Linearization:
     def product(v: Tensor) -> Tensor:
         # Inside inference_mode forward-mode AD returns no tangent and no error.
         with torch.inference_mode(False), sdpa_kernel(SDPBackend.MATH), _ContiguousGroupNorm():
-            _, tangent = torch.func.jvp(function, (x,), (v.to(x.dtype).clone(),))
+            tangent = torch.func.jvp(function, (x,), (v.to(x.dtype).clone(),))[1]
         return tangent.detach().to(v.dtype)
 
     return Linearization(output, product, x.shape)
@@ -151,7 +152,7 @@ class _ContiguousGroupNorm(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         if func is F.group_norm:
-            args = (args[0].contiguous(), *args[1:])
+            return func(args[0].contiguous(), *args[1:], **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
@@ -169,7 +170,7 @@ def _frozen(module: nn.Module | None) -> Iterator[None]:
 
 def _buffers_kept() -> AbstractContextManager[object]:
     # A compiled backward may reuse the saved tensors' memory, which a second product would then read.
-    return torch._functorch.config.patch("donated_buffer", False)
+    return functorch_config.patch("donated_buffer", False)
 
 
 def _refuse_active_dropout(module: nn.Module) -> None:

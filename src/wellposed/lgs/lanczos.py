@@ -1,9 +1,9 @@
 r"""Lanczos: functions of a large symmetric operator applied to a vector, from products with that vector's Krylov space.
 
 ``m`` products with A, started at z, give an orthonormal basis V of span{z, Az, ..., A^(m-1) z} and the small matrix
-H = V^T A V. Then ``f(A) z ~ ||z|| V f(H) e_1``: a polynomial of degree m - 1 in A that interpolates f at the eigenvalues of
-H (the Ritz values), exact once the Krylov space is invariant. For f = sqrt the error falls like rho^-m with
-rho = (sqrt k + 1) / (sqrt k - 1) for condition number k, that is 3^-m at k = 4.
+H = V^T A V. Then ``f(A) z ~ ||z|| V f(H) e_1``: a polynomial of degree m - 1 in A that interpolates f at the
+eigenvalues of H (the Ritz values), exact once the Krylov space is invariant. For f = sqrt the error falls like rho^-m
+with rho = (sqrt k + 1) / (sqrt k - 1) for condition number k, that is 3^-m at k = 4.
 
 Every sample of the batch has an operator and a basis of its own; one call of the product serves the whole batch.
 """
@@ -35,8 +35,8 @@ class Krylov:
         shape: of one batch of vectors outside.
     """
 
-    vectors: Float[Tensor, "batch steps+1 dim"]
-    hessenberg: Float[Tensor, "batch steps+1 steps"]
+    vectors: Float[Tensor, "batch basis dim"]
+    hessenberg: Float[Tensor, "batch basis steps"]
     norm: Float[Tensor, " batch"]
     steps: Int[Tensor, " batch"]
     failed: Bool[Tensor, " batch"]
@@ -66,9 +66,9 @@ def lanczos(
 ) -> Krylov:
     r"""Krylov basis and projection of an operator, started at ``z``.
 
-    Gram-Schmidt runs twice against the whole basis, and all of H is kept (Arnoldi): at m <= 8 this costs nothing beside a
-    network's product, and the symmetric part of H is that of ``sym(A)`` also where a trained network's Jacobian is not
-    symmetric. A residual of at most ``breakdown`` times the image's norm means that the space is invariant for that
+    Gram-Schmidt runs twice against the whole basis, and all of H is kept (Arnoldi): at m <= 8 this costs nothing beside
+    a network's product, and the symmetric part of H is that of ``sym(A)`` also where a trained network's Jacobian is
+    not symmetric. A residual of at most ``breakdown`` times the image's norm means that the space is invariant for that
     sample: it is dropped, H decouples and f(A) z is exact.
 
     Args:
@@ -141,5 +141,6 @@ def small_matrix_function(
 
 def krylov_function(krylov: Krylov, coordinates: Float[Tensor, "batch steps"]) -> Float[Tensor, "batch *shape"]:
     """``||z|| V c``: from coordinates in the Krylov basis back to the vectors' own space."""
-    weights = coordinates.to(krylov.vectors.device, krylov.vectors.dtype) * krylov.norm[:, None]
+    # The narrower type first: MPS has no float64.
+    weights = coordinates.to(krylov.vectors.dtype).to(krylov.vectors.device) * krylov.norm[:, None]
     return torch.einsum("bk,bkd->bd", weights, krylov.vectors[:, : weights.shape[1]]).reshape(krylov.shape)

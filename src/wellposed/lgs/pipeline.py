@@ -1,7 +1,7 @@
 """Unconditional generation with the Lanczos sampler, spelled out."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, ImagePipelineOutput, UNet2DModel
@@ -9,8 +9,8 @@ from torch import Tensor
 
 from wellposed.denoisers import refuse_guidance_embedding
 from wellposed.lgs.jacobian import ProductMethod, linearize
-from wellposed.lgs.sampler import standard_normal
-from wellposed.lgs.scheduler import LanczosDDPMScheduler
+from wellposed.lgs.reverse import standard_normal
+from wellposed.lgs.scheduler import Generators, LanczosDDPMScheduler
 from wellposed.saving import saved_class
 
 __all__ = ["LanczosDDPMPipeline"]
@@ -29,6 +29,8 @@ class LanczosDDPMPipeline(DDPMPipeline):
     """
 
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents"]
+    _interrupt = False
+    _num_timesteps = 0
 
     def __init__(self, unet: UNet2DModel, scheduler: DDPMScheduler) -> None:
         refuse_guidance_embedding(unet.config)
@@ -42,7 +44,7 @@ class LanczosDDPMPipeline(DDPMPipeline):
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         batch_size: int = 1,
-        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        generator: Generators = None,
         num_inference_steps: int = 100,
         output_type: str | None = "pil",
         return_dict: bool = True,
@@ -86,11 +88,10 @@ class LanczosDDPMPipeline(DDPMPipeline):
 
         self.scheduler.set_timesteps(num_inference_steps)
         self._interrupt, self._num_timesteps = False, len(self.scheduler.timesteps)
-        for index, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
+        for index, t in enumerate(cast(Any, self).progress_bar(self.scheduler.timesteps)):
             if self.interrupt:
                 continue
-            linear = linearize(lambda x, t=t: self.unet(x, t).sample, image, method=method, module=self.unet)
-            image = self.scheduler.step(linear.output, t, image, generator=generator, linearization=linear).prev_sample
+            image = self._step(image, t, generator, method)
             if callback_on_step_end is not None:
                 image = callback_on_step_end(self, index, t, {"latents": image}).pop("latents", image)
 
@@ -101,7 +102,14 @@ class LanczosDDPMPipeline(DDPMPipeline):
             if output_type == "pil":
                 image = self.numpy_to_pil(image)
         self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=image) if return_dict else (image,)
+        return ImagePipelineOutput(images=cast(Any, image)) if return_dict else (image,)
+
+    def _step(self, image: Tensor, t: Tensor, generator: Generators, method: ProductMethod) -> Tensor:
+        """Of its own, so that one step's graph is gone before the next one's is built."""
+        if self.scheduler.settings.num_lanczos_steps == 0:
+            return self.scheduler.step(self.unet(image, t).sample, t, image, generator=generator).prev_sample
+        linear = linearize(lambda x: self.unet(x, t).sample, image, method=method, module=self.unet)
+        return self.scheduler.step(linear.output, t, image, generator=generator, linearization=linear).prev_sample
 
     @property
     def interrupt(self) -> bool:

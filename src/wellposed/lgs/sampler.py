@@ -1,28 +1,38 @@
 r"""The Lanczos Gaussian sampler: DDPM's reverse step with its full covariance (arXiv 2605.22723).
 
 One step from t to s: a forward pass gives the posterior mean and with it the step's mean ``mu``; Lanczos started at a
-standard normal z gives ``y ~ Sigma^(1/2) z`` with ``Sigma = variance I + x_0_weight^2 C``; ``x_s = mu + y``. With m = 0 this
-is DDPM with its smallest fixed variance, with m = 1 the covariance is isotropic but depends on x_t, and m = 3 is the
-published setting. The paper's text was not available when this was written: what is ours (adaptive m, the guards, the
-amortised form) is named in docs/methods/lgs.md.
+standard normal z gives ``y ~ Sigma^(1/2) z`` with ``Sigma = variance I + x_0_weight^2 C``; ``x_s = mu + y``. With m = 0
+this is DDPM with its smallest fixed variance, with m = 1 the covariance is isotropic but depends on x_t, and m = 3 is
+the published setting. The paper's text was not available when this was written: what is ours (adaptive m, the guards,
+the amortised form) is named in docs/methods/lgs.md.
 """
 
 import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from wellposed.denoisers import Denoiser
-from wellposed.lgs.covariance import posterior_covariance_product, step_covariance_spectrum
+from wellposed.lgs.covariance import step_covariance_spectrum
 from wellposed.lgs.jacobian import Linearization, ProductMethod, linearize
 from wellposed.lgs.lanczos import Krylov, krylov_function, lanczos, small_matrix_function
-from wellposed.paths import Bridge, PredictionType, convert_prediction
+from wellposed.lgs.reverse import (
+    CovarianceDraw,
+    ReverseCovariance,
+    ReversePoint,
+    ReverseStep,
+    StepCost,
+    refuse_non_finite,
+    reverse_step,
+    standard_normal,
+)
+from wellposed.paths import Bridge, PredictionType
 
 __all__ = [
     "CovarianceDraw",
@@ -44,22 +54,23 @@ class LanczosSettings:
     r"""How the covariance of a step is drawn from.
 
     Attributes:
-        num_lanczos_steps: m, the most Jacobian products a step may take. 3 is the published setting; 2 already keeps the
-            O(1/T^2) path KL.
+        num_lanczos_steps: m, the most Jacobian products a step may take. 3 is the published setting; 2 already keeps
+            the O(1/T^2) path KL.
         tol: None takes m products at every step. A number makes m adaptive: each sample stops once the a-posteriori
             estimate of its relative error is below ``tol``, and a step costs what its hardest sample needs. 1e-2 halves
             the products of 25 steps on image spectra.
         amortize: 0 is off. l > 0 adds one degree to every draw without a product: m products give m + 1 basis vectors,
-            and the missing last diagonal entry is the one before it times their ratio at the last step that measured it;
-            every l-th step takes the extra product and measures the ratio. Ours; the published LGSb may differ. The ratio
-            is a mean over the batch, so that a sample then depends slightly on its batch.
+            and the missing last diagonal entry is the one before it times their ratio at the last step that measured
+            it. Every l-th step takes the extra product and measures the ratio, and so does the last noisy step, whose
+            condition number is the chain's largest. Ours; the published LGSb may differ. The ratio is a mean over the
+            batch, so that a sample then depends slightly on its batch. Not together with ``tol``.
         method: how products are computed (``wellposed.lgs.jacobian``).
         isotropic_below_snr: below this signal-to-noise ratio m is 1: Sigma is isotropic there to a few percent, and the
             network's error in C is amplified by 1/SNR.
         max_variance: largest variance that a clean coordinate can have, ``r^2`` for data in [-r, r]; bounds the m = 1
             covariance. None for unbounded data (latents).
         data_max_eigenvalue: largest eigenvalue of the data's covariance, if known. While SNR times it is below 1, C's
-            eigenvalues are clamped to the LMMSE bound (1 / data_max_eigenvalue + SNR)^-1, which holds there.
+            eigenvalues are clamped to the LMMSE bound (1 / data_max_eigenvalue + SNR)^-1, which holds there on average.
         end_steps: most products at the last noisy step in adaptive mode. Its condition number is the largest of the
             chain, which is where a trained network's negative eigenvalues do the most harm.
         end_noise_limit: None, or p: on the last noisy step y is scaled down to a root mean square of at most
@@ -79,92 +90,23 @@ class LanczosSettings:
     def __post_init__(self) -> None:
         if self.num_lanczos_steps < 0:
             raise ValueError(
-                f"num_lanczos_steps must be >= 0, got {self.num_lanczos_steps}; 0 is DDPM's fixed_small, 3 the published one"
+                f"num_lanczos_steps must be >= 0, got {self.num_lanczos_steps}; "
+                "0 is DDPM's fixed_small, 3 the published setting"
             )
         if self.tol is not None and not self.tol > 0:
             raise ValueError(f"tol is a relative error and must be positive, got {self.tol}; None takes a fixed m")
         if self.amortize < 0:
             raise ValueError(f"amortize must be >= 0, got {self.amortize}; 2 measures the ratio at every second step")
+        if self.amortize and self.tol is not None:
+            raise ValueError("amortize extrapolates from a fixed number of products; set tol=None, or amortize=0")
+        if self.max_variance is not None and not self.max_variance > 0:
+            raise ValueError(f"max_variance must be positive, got {self.max_variance}; None for unbounded data")
+        if self.data_max_eigenvalue is not None and not self.data_max_eigenvalue > 0:
+            raise ValueError(f"data_max_eigenvalue must be positive, got {self.data_max_eigenvalue}; None if unknown")
         if self.end_noise_limit is not None and self.max_variance is None:
-            raise ValueError("end_noise_limit is in units of the data range: set max_variance = r^2 for data in [-r, r]")
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class ReversePoint:
-    """What a reverse covariance may look at: the state, the network's say on it, and the step to take."""
-
-    x_t: Float[Tensor, "batch *shape"]
-    t: float
-    bridge: Bridge
-    prediction: Float[Tensor, "batch *shape"]
-    prediction_type: PredictionType
-    jacobian_product: Callable[[Tensor], Tensor] | None = None
-    ends_at_first_noise: bool = False
-
-    def predicted(self, target: PredictionType) -> Float[Tensor, "batch *shape"]:
-        """The prediction as another type, unclipped, in float32 or wider."""
-        working = torch.promote_types(self.x_t.dtype, torch.float32)
-        return convert_prediction(
-            self.prediction.to(working),
-            self.x_t.to(working),
-            source=self.prediction_type,
-            target=target,
-            alpha=self.bridge.alpha_t,
-            sigma=self.bridge.sigma_t,
-        )
-
-    def covariance_product(self) -> Callable[[Tensor], Tensor]:
-        """v -> C v."""
-        if self.jacobian_product is None:
-            raise ValueError("this point carries no Jacobian products; linearise the model at x_t first")
-        return posterior_covariance_product(
-            self.jacobian_product,
-            alpha=self.bridge.alpha_t,
-            sigma=self.bridge.sigma_t,
-            prediction_type=self.prediction_type,
-        )
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class StepCost:
-    """What one step's covariance took.
-
-    ``products``: Jacobian products of the whole batch; ``steps``: products that each sample used; ``error``: estimated
-    relative error of each sample's noise; ``failed``: samples that fell back to the floor covariance because a product was
-    not finite. The last three are None where nothing was estimated.
-    """
-
-    products: int = 0
-    steps: Int[Tensor, " batch"] | None = None
-    error: Float[Tensor, " batch"] | None = None
-    failed: Bool[Tensor, " batch"] | None = None
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class CovarianceDraw:
-    """A draw ``noise ~ N(0, Sigma)``, what it cost, and what the next step's draw may use (``memory``)."""
-
-    noise: Float[Tensor, "batch *shape"]
-    cost: "StepCost"
-    memory: Any = None
-
-
-@runtime_checkable
-class ReverseCovariance(Protocol):
-    """A choice of covariance for the reverse step: Lanczos here, the published alternatives in ``baselines``."""
-
-    @property
-    def needs_products(self) -> bool:
-        """Whether the model has to be linearised at every step."""
-        ...
-
-    def draw(self, z: Float[Tensor, "batch *shape"], point: ReversePoint, memory: Any = None) -> CovarianceDraw:
-        """Noise with the step's covariance from a standard normal z."""
-        ...
-
-    def multiply(self, v: Float[Tensor, "batch *shape"], point: ReversePoint) -> Float[Tensor, "batch *shape"]:
-        """Sigma v: what classifier guidance shifts the mean by."""
-        ...
+            raise ValueError(
+                "end_noise_limit is in units of the data range: set max_variance = r^2 for data in [-r, r]"
+            )
 
 
 @dataclass(frozen=True)
@@ -203,56 +145,58 @@ class LanczosCovariance:
             ceiling = min(ceiling, 1 / (1 / settings.data_max_eigenvalue + snr))
         return ceiling
 
-    def draw(self, z: Float[Tensor, "batch *shape"], point: ReversePoint, memory: Any = None) -> CovarianceDraw:
+    def draw(
+        self, z: Float[Tensor, "batch *shape"], point: ReversePoint, memory: "CoefficientRatio | None" = None
+    ) -> CovarianceDraw:
         """``Sigma^(1/2) z`` by Lanczos. ``memory`` is the coefficient ratio of an amortised chain."""
         bridge = point.bridge
         num_steps = self.steps_at(point)
         if num_steps == 0:
             return CovarianceDraw(noise=math.sqrt(bridge.variance) * z, cost=StepCost(), memory=memory)
         spectrum = step_covariance_spectrum(bridge, ceiling=self.ceiling(bridge))
-        tol = self.settings.tol
-        extend = self.settings.amortize > 0 and not self._is_isotropic(bridge) and not point.ends_at_first_noise
-        measure = extend and (memory is None or memory.age + 1 >= self.settings.amortize)
+        tol, gain = self.settings.tol, bridge.x_0_weight**2
+        amortized = self.settings.amortize > 0 and not self._is_isotropic(bridge)
+        known = None if point.ends_at_first_noise else memory
+        due = known is None or known.age + 1 >= self.settings.amortize
         krylov = lanczos(
             point.covariance_product(),
             z,
-            num_steps + int(measure),
-            converged=None if tol is None else lambda found: _relative_error(found.projection(), found, spectrum) <= tol,
+            num_steps + int(amortized and due),
+            converged=None if tol is None else lambda found: _relative_error(found, spectrum, gain) <= tol,
         )
         matrix = krylov.projection()
-        if measure:
+        if amortized and due:
             memory = CoefficientRatio.measured(matrix)
-        elif extend:
-            matrix = memory.extended(krylov)
-            memory = memory.aged()
+        elif amortized and known is not None:
+            matrix, memory = known.extended(krylov), known.aged()
         # The floor is the covariance of a sample without usable products; lanczos has zeroed its matrix already.
         coordinates = small_matrix_function(matrix, lambda eigenvalues: spectrum(eigenvalues).sqrt())
         noise = krylov_function(krylov, coordinates).to(z.dtype)
         if point.ends_at_first_noise and self.settings.end_noise_limit is not None:
             noise = self._limited(noise)
-        failed = krylov.failed.cpu()
-        _warn_of_failures(failed)
+        _warn_of_failures(krylov.failed)
         cost = StepCost(
             products=krylov.hessenberg.shape[-1],
             steps=krylov.steps,
-            error=_relative_error(krylov.projection(), krylov, spectrum),
-            failed=failed,
+            error=_relative_error(krylov, spectrum, gain),
+            failed=krylov.failed,
         )
         return CovarianceDraw(noise=noise, cost=cost, memory=memory)
 
     def _limited(self, noise: Tensor) -> Tensor:
         assert self.settings.end_noise_limit is not None and self.settings.max_variance is not None
-        limit = self.settings.end_noise_limit * (2 / 255) * math.sqrt(math.pi / 2) * math.sqrt(self.settings.max_variance)
+        limit = self.settings.end_noise_limit * (2 / 255) * math.sqrt(math.pi / 2 * self.settings.max_variance)
         rms = noise.flatten(1).float().square().mean(dim=1).sqrt()
         return noise * (limit / rms).clamp(max=1).to(noise.dtype).reshape(-1, *[1] * (noise.ndim - 1))
 
     def multiply(self, v: Float[Tensor, "batch *shape"], point: ReversePoint) -> Float[Tensor, "batch *shape"]:
         """Sigma v with one product; where the step is isotropic, v times its Rayleigh quotient."""
         bridge = point.bridge
-        if self.steps_at(point) == 0:
+        if not self.needs_products or bridge.alpha_t == 0:
             return bridge.variance * v
         if self._is_isotropic(bridge):
             krylov = lanczos(point.covariance_product(), v, 1)
+            _warn_of_failures(krylov.failed)
             spectrum = step_covariance_spectrum(bridge, ceiling=self.ceiling(bridge))
             return krylov_function(krylov, small_matrix_function(krylov.projection(), spectrum))
         image = point.covariance_product()(v)
@@ -293,25 +237,28 @@ class CoefficientRatio:
         return CoefficientRatio(self.ratio, self.age + 1)
 
 
-def _relative_error(
-    matrix: Float[Tensor, "batch steps steps"], krylov: Krylov, spectrum: Callable[[Tensor], Tensor]
-) -> Float[Tensor, " batch"]:
+def _relative_error(krylov: Krylov, spectrum: Callable[[Tensor], Tensor], gain: float) -> Float[Tensor, " batch"]:
     """Estimated ||y_m - Sigma^(1/2) z|| / ||y_m|| of each sample, from numbers already there.
 
     For m >= 2: ||y_m - y_(m-1)|| / (rho - 1), the tail of a geometric series whose rate rho the Ritz values tell; for
-    m = 1: half the residual over the Rayleigh quotient, the first-order effect of the coupling on a square root.
+    m = 1: half the residual over the Rayleigh quotient, the first-order effect of the coupling on a square root. An
+    invariant Krylov space has no error.
+
+    Args:
+        krylov: after at least one product with C.
+        spectrum: eigenvalues of C to those of Sigma.
+        gain: d Sigma / d C, which scales the residual.
     """
 
     def root(eigenvalues: Tensor) -> Tensor:
         return spectrum(eigenvalues).sqrt()
 
+    matrix, residual = krylov.projection(), krylov.residual()
+    first = 0.5 * gain * residual / spectrum(matrix[:, 0, 0])
+    if matrix.shape[-1] == 1:
+        return torch.where(residual > 0, first, 0)
     rows = torch.arange(len(matrix))
     last = (krylov.steps - 1).clamp_min(0)
-    zero, one = spectrum(matrix.new_zeros(())), spectrum(matrix.new_ones(()))
-    gain = one - zero if bool(one > zero) else matrix.new_zeros(())
-    first = 0.5 * gain * krylov.residual() / spectrum(matrix[:, 0, 0])
-    if matrix.shape[-1] == 1:
-        return first
     shorter = matrix.clone()
     shorter[rows, last, :] = 0
     shorter[rows, :, last] = 0
@@ -322,14 +269,14 @@ def _relative_error(
     root_condition = (ritz.amax(-1) / ritz.amin(-1).clamp_min(torch.finfo(ritz.dtype).tiny)).sqrt()
     rate = (root_condition + 1) / (root_condition - 1).clamp_min(1e-12)
     later = (here - before).norm(dim=-1) / here.norm(dim=-1) / (rate - 1)
-    return torch.where(krylov.steps > 1, later, first)
+    return torch.where(residual > 0, torch.where(krylov.steps > 1, later, first), 0)
 
 
 def _warn_of_failures(failed: Bool[Tensor, " batch"]) -> None:
     if bool(failed.any()):
         warnings.warn(
-            f"{int(failed.sum())} of {len(failed)} samples met a NaN or inf in a Jacobian product and took this step with "
-            "the floor covariance (m = 0); run the model in float32 or bfloat16 if this repeats",
+            f"{int(failed.sum())} of {len(failed)} samples met a NaN or inf in a Jacobian product and took this step "
+            "with the floor covariance (m = 0); run the model in float32 or bfloat16 if this repeats",
             RuntimeWarning,
             stacklevel=3,
         )
@@ -367,55 +314,12 @@ def lanczos_gaussian_step(
     return reverse_step(point, LanczosCovariance(settings), z, clip=clip).x_s
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class ReverseStep:
-    """A step taken: ``x_s``, the clean sample that its mean used, what it cost, and the memory for the next one."""
-
-    x_s: Float[Tensor, "batch *shape"]
-    x_0: Float[Tensor, "batch *shape"]
-    cost: StepCost
-    memory: Any
-
-
-def reverse_step(
-    point: ReversePoint,
-    covariance: ReverseCovariance,
-    z: Float[Tensor, "batch *shape"] | None,
-    *,
-    clip: float | Callable[[Tensor], Tensor] | None = None,
-    guidance: Float[Tensor, "batch *shape"] | None = None,
-    memory: Any = None,
-) -> ReverseStep:
-    """One reverse step with any covariance.
-
-    Args:
-        point: the state and the step.
-        covariance: whose draw to take.
-        z: standard normal; not used, and may be None, on the last step, which takes no noise.
-        clip: bound of |x_0| in the mean, or a function that bounds x_0.
-        guidance: a gradient g (scale times grad log p(y | x_t)); the mean moves by Sigma g.
-        memory: that of the last step.
-    """
-    x_0 = point.predicted("sample")
-    if clip is not None:
-        x_0 = clip(x_0) if callable(clip) else x_0.clamp(-clip, clip)
-    x_s = point.bridge.mean(x_0, point.x_t.to(x_0.dtype))
-    if guidance is not None:
-        x_s = x_s + covariance.multiply(guidance.to(x_s.dtype), point)
-    cost = StepCost()
-    if not point.bridge.is_last and z is not None:
-        draw = covariance.draw(z.to(x_s.dtype), point, memory)
-        x_s, cost, memory = x_s + draw.noise, draw.cost, draw.memory
-    dtype = point.x_t.dtype
-    return ReverseStep(x_s=x_s.to(dtype), x_0=x_0.to(dtype), cost=cost, memory=memory)
-
-
 @dataclass(frozen=True, kw_only=True)
 class SamplingRecord:
     """What a run cost, step by step: products taken, products used per sample (mean), largest estimated error.
 
-    ``failed`` counts samples that fell back to the floor covariance at least once. ``evaluations`` counts a forward pass
-    as 1 and a Jacobian product as 1 (the published accounting, 1 + m per step).
+    ``failed`` counts samples that fell back to the floor covariance at least once. ``evaluations`` counts a forward
+    pass as 1 and a Jacobian product as 1 (the published accounting, 1 + m per step).
     """
 
     products: tuple[int, ...]
@@ -468,7 +372,8 @@ def sample(
         eta: noise level of the DDIM family (``GaussianPath.bridge``); the full covariance belongs at eta = 1.
         clip: bound of |x_0| in the mean, r for data in [-r, r], or a function that bounds x_0.
         log_prob_gradient: (x_t, t) -> grad log p(y | x_t); classifier guidance with the mean shift
-            ``guidance_scale Sigma grad``, the exact first-order form, in place of the common ``variance grad``.
+            ``guidance_scale Sigma grad`` (2105.05233, algorithm 1, with the full Sigma). First-order in the step: at
+            few steps a denoiser of the *conditional* law, posterior mean plus (sigma^2 / alpha) grad, is far closer.
         guidance_scale: its scale.
         share_linearization: l > 1 differentiates the network only at every l-th step and uses those products, with the
             scalars of the new time, at the l - 1 steps after it.
@@ -480,41 +385,51 @@ def sample(
         The samples at t = 0, and the record of the run.
 
     Raises:
-        ValueError: if times do not decrease within (0, 1], or the model returns a NaN or inf.
+        ValueError: if times do not decrease within (0, 1], ``share_linearization`` is below 1, or the model returns a
+            NaN or inf.
     """
     if len(times) < 1 or any(not s < t for t, s in zip(times, [*times[1:], 0.0], strict=True)):
         raise ValueError(f"times must decrease strictly within (0, 1] and be at least one, got {list(times)[:5]}...")
+    if share_linearization < 1:
+        raise ValueError(f"share_linearization must be >= 1, got {share_linearization}; 1 linearises at every step")
     x = x_T
-    memory = None
+    memory: Any = None
     linearization: Linearization | None = None
     costs: list[StepCost] = []
-    ends = [*times[1:], 0.0]
-    for index, (t, s) in enumerate(tqdm(list(zip(times, ends, strict=True)), disable=not progress, desc="sampling")):
+    steps = list(zip(times, [*times[1:], 0.0], strict=True))
+    for index, (t, s) in enumerate(tqdm(steps, disable=not progress, desc="sampling")):
         bridge = denoiser.path.bridge(t, s, eta=eta)
         needs_graph = covariance.needs_products and not (bridge.is_last and log_prob_gradient is None)
-        if needs_graph and (index % share_linearization == 0 or linearization is None):
+        if not needs_graph or index % share_linearization == 0:
+            # Before the next graph is built: two at a time would double the peak of memory.
+            linearization = None
+        if needs_graph and linearization is None:
             linearization = linearize(
                 lambda x, t=t: denoiser.predict(x, t, **cond),
                 x,
                 method=getattr(getattr(covariance, "settings", None), "method", "vjp"),
-                module=getattr(denoiser, "model", None),
+                module=_network_of(denoiser),
             )
             prediction = linearization.output
         else:
             prediction = denoiser.predict(x, t, **cond)
-        _refuse_non_finite(prediction, index)
-        point = ReversePoint(
-            x_t=x,
-            t=t,
-            bridge=bridge,
-            prediction=prediction,
-            prediction_type=denoiser.prediction_type,
-            jacobian_product=linearization.product if needs_graph and linearization is not None else None,
-            ends_at_first_noise=index == len(times) - 2,
+        refuse_non_finite(prediction, f"step {index}")
+        step = reverse_step(
+            ReversePoint(
+                x_t=x,
+                t=t,
+                bridge=bridge,
+                prediction=prediction,
+                prediction_type=denoiser.prediction_type,
+                jacobian_product=None if linearization is None else linearization.product,
+                ends_at_first_noise=index == len(times) - 2,
+            ),
+            covariance,
+            None if bridge.is_last else standard_normal(x, generator),
+            clip=clip,
+            guidance=None if log_prob_gradient is None else guidance_scale * log_prob_gradient(x, t),
+            memory=memory,
         )
-        gradient = None if log_prob_gradient is None else guidance_scale * log_prob_gradient(x, t)
-        z = None if bridge.is_last else standard_normal(x, generator)
-        step = reverse_step(point, covariance, z, clip=clip, guidance=gradient, memory=memory)
         x, memory = step.x_s, step.memory
         costs.append(step.cost)
         if callback is not None:
@@ -522,18 +437,11 @@ def sample(
     return x, SamplingRecord.of(costs)
 
 
-def standard_normal(
-    like: Float[Tensor, "batch *shape"], generator: torch.Generator | Sequence[torch.Generator]
-) -> Float[Tensor, "batch *shape"]:
-    """One draw in ``like``'s shape and dtype, made where each generator lives; one generator for all or one per sample."""
-    from diffusers.utils.torch_utils import randn_tensor
-
-    many = list(generator) if isinstance(generator, Sequence) else generator
-    return randn_tensor(like.shape, generator=many, device=like.device, dtype=like.dtype)
-
-
-def _refuse_non_finite(prediction: Tensor, step: int) -> None:
-    if not bool(prediction.isfinite().all()):
-        raise ValueError(
-            f"the model returned NaN or inf at step {step}; check its weights and input range, or run it in float32"
-        )
+def _network_of(denoiser: Any) -> nn.Module | None:
+    """The network inside a denoiser, through the guidance around it."""
+    while denoiser is not None:
+        model = getattr(denoiser, "model", None)
+        if isinstance(model, nn.Module):
+            return model
+        denoiser = getattr(denoiser, "denoiser", None)
+    return None

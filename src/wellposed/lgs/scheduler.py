@@ -1,7 +1,7 @@
 """The Lanczos sampler as diffusers schedulers: DDPM's and flow matching's, config-compatible with their parents."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -12,16 +12,9 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from torch import Tensor
 
 from wellposed.lgs.branches import NetworkCalls
-from wellposed.lgs.jacobian import Linearization, linearize
-from wellposed.lgs.sampler import (
-    LanczosCovariance,
-    LanczosSettings,
-    ReversePoint,
-    SamplingRecord,
-    StepCost,
-    reverse_step,
-    standard_normal,
-)
+from wellposed.lgs.jacobian import Linearization
+from wellposed.lgs.reverse import ReversePoint, StepCost, refuse_non_finite, reverse_step, standard_normal
+from wellposed.lgs.sampler import LanczosCovariance, LanczosSettings, SamplingRecord
 from wellposed.paths import Bridge, PredictionType, RectifiedFlow, as_prediction_type, from_scheduler
 from wellposed.saving import saved_class
 
@@ -35,12 +28,20 @@ class _LanczosStepping:
 
     network_calls: NetworkCalls | None = None
     default_generator: Generators = None
+    _memory: Any = None
+    _costs: Sequence[StepCost] = ()
+    _listed: tuple[Tensor, list[float]] | None = None
 
     def _start_chain(self) -> None:
-        self._memory: Any = None
-        self._costs: list[StepCost] = []
+        self._memory, self._costs = None, ()
         if self.network_calls is not None:
             self.network_calls.clear()
+
+    def _numbers(self, grid: Tensor) -> list[float]:
+        """The grid as a list, read once: on an accelerator every reading waits for all work before it."""
+        if self._listed is None or self._listed[0] is not grid:
+            self._listed = grid, grid.tolist()
+        return self._listed[1]
 
     @property
     def record(self) -> SamplingRecord:
@@ -50,17 +51,18 @@ class _LanczosStepping:
     def _linearization(
         self, model_output: Tensor, sample: Tensor, given: Linearization | None
     ) -> tuple[Linearization, int]:
-        """The Jacobian products of ``model_output`` in ``sample``: given, collected by the hook, or from its own graph."""
+        """Products of ``model_output``'s Jacobian in ``sample``: given, collected by the hook, or its own graph's."""
         if given is not None:
             return given, 1
         if self.network_calls is not None:
             return self.network_calls.take(model_output)
         if model_output.requires_grad and sample.requires_grad:
-            graph = Linearization(
-                model_output.detach(),
-                lambda v: torch.autograd.grad(model_output, sample, v.to(model_output.dtype), retain_graph=True)[0].to(v.dtype),
-            )
-            return graph, 1
+
+            def product(v: Tensor) -> Tensor:
+                (pulled,) = torch.autograd.grad(model_output, sample, v.to(model_output.dtype), retain_graph=True)
+                return pulled.to(v.dtype)
+
+            return Linearization(model_output.detach(), product), 1
         raise ValueError(
             f"{type(self).__name__}.step needs products with the model's Jacobian and found none. Write "
             "`with wellposed.hooks.full_covariance(pipe): pipe(...)`, use LanczosDDPMPipeline, pass "
@@ -80,7 +82,9 @@ class _LanczosStepping:
         t: float,
         ends_at_first_noise: bool,
         clip: float | Callable[[Tensor], Tensor] | None,
+        noise_dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
+        refuse_non_finite(model_output, f"t = {t:.4f}")
         covariance = LanczosCovariance(settings)
         jacobian_product, copies = None, 1
         if covariance.needs_products and not bridge.is_last:
@@ -88,10 +92,6 @@ class _LanczosStepping:
             model_output, jacobian_product = linear.output, linear.product
         elif self.network_calls is not None:
             self.network_calls.clear()
-        if not bool(model_output.isfinite().all()):
-            raise ValueError(
-                f"the model returned NaN or inf at t = {t:.4f}; check its weights and input range, or run it in float32"
-            )
         single = sample[: len(sample) // copies]
         point = ReversePoint(
             x_t=single.detach(),
@@ -102,23 +102,23 @@ class _LanczosStepping:
             jacobian_product=jacobian_product,
             ends_at_first_noise=ends_at_first_noise,
         )
-        z = None if bridge.is_last else standard_normal(point.prediction, self._generator(generator))
+        z = None
+        if not bridge.is_last:
+            generators = self.default_generator if generator is None else generator
+            z = standard_normal(point.prediction.to(noise_dtype), generators)
         with torch.no_grad():
             step = reverse_step(point, covariance, z, clip=clip, memory=self._memory)
         self._memory = step.memory
-        self._costs.append(step.cost)
+        self._costs = (*self._costs, step.cost)
         return torch.cat([step.x_s] * copies), torch.cat([step.x_0] * copies)
-
-    def _generator(self, generator: Generators) -> Any:
-        return self.default_generator if generator is None else generator
 
 
 @saved_class
 class LanczosDDPMScheduler(_LanczosStepping, DDPMScheduler):
     r"""``DDPMScheduler`` whose reverse step has the full posterior covariance (arXiv 2605.22723).
 
-    Takes every argument of ``DDPMScheduler`` (and its config: ``LanczosDDPMScheduler.from_config(pipe.scheduler.config)``)
-    and these:
+    Takes every argument of ``DDPMScheduler``, and its config
+    (``LanczosDDPMScheduler.from_config(pipe.scheduler.config)``), and these:
 
     Args:
         num_lanczos_steps: m, the most Jacobian products a step may take. 0 is ``DDPMScheduler`` with
@@ -128,9 +128,9 @@ class LanczosDDPMScheduler(_LanczosStepping, DDPMScheduler):
         end_noise_limit: see ``LanczosSettings.end_noise_limit``.
 
     ``variance_type`` is kept for the config's sake and not used: the covariance comes from the model's Jacobian. With
-    ``clip_sample`` the mean is clipped, never the function that is differentiated. Three things differ from the parent on
-    purpose: coefficients are float64 numbers of the two grid points, the step to the clean sample is recognised by its
-    place in the grid rather than by t = 0, and the noise of that step is left out for every spacing.
+    ``clip_sample`` the mean is clipped, never the function that is differentiated. Three things differ from the parent
+    on purpose: coefficients are float64 numbers of the two grid points, the step to the clean sample is recognised by
+    its place in the grid rather than by t = 0, and the noise of that step is left out for every spacing.
     """
 
     @register_to_config
@@ -173,7 +173,7 @@ class LanczosDDPMScheduler(_LanczosStepping, DDPMScheduler):
             steps_offset=steps_offset,
             rescale_betas_zero_snr=rescale_betas_zero_snr,
         )
-        self._prediction_type = as_prediction_type(prediction_type)
+        self._prediction_type: PredictionType = as_prediction_type(prediction_type)
         self.settings = LanczosSettings(
             num_lanczos_steps=num_lanczos_steps,
             tol=lanczos_tol,
@@ -229,11 +229,11 @@ class LanczosDDPMScheduler(_LanczosStepping, DDPMScheduler):
         if model_output.shape[1] == 2 * sample.shape[1]:
             model_output = model_output[:, : sample.shape[1]]
         t, s, ends_at_first_noise = self._times(int(timestep))
-        clip = None
-        if self.config.thresholding:
+        config, clip = cast(Any, self.config), None
+        if config.thresholding:
             clip = self._threshold_sample
-        elif self.config.clip_sample:
-            clip = self.config.clip_sample_range
+        elif config.clip_sample:
+            clip = config.clip_sample_range
         prev_sample, x_0 = self._reverse(
             model_output,
             sample,
@@ -245,6 +245,7 @@ class LanczosDDPMScheduler(_LanczosStepping, DDPMScheduler):
             t=t,
             ends_at_first_noise=ends_at_first_noise,
             clip=clip,
+            noise_dtype=model_output.dtype,
         )
         if not return_dict:
             return prev_sample, x_0
@@ -252,18 +253,20 @@ class LanczosDDPMScheduler(_LanczosStepping, DDPMScheduler):
 
     def _times(self, timestep: int) -> tuple[float, float, bool]:
         """t, s, and whether s is the grid's last noisy point."""
-        grid = self.timesteps.tolist()
+        grid = self._numbers(self.timesteps)
         if timestep not in grid:
             raise ValueError(f"timestep {timestep} is not one of the scheduler's; step through scheduler.timesteps")
         place = grid.index(timestep)
-        train_steps = self.config.num_train_timesteps
+        if place == 0:
+            self._memory, self._costs = None, ()
+        train_steps = cast(Any, self.config).num_train_timesteps
         s = (grid[place + 1] + 1) / train_steps if place + 1 < len(grid) else 0.0
         return (timestep + 1) / train_steps, s, place == len(grid) - 2
 
 
 @saved_class
 class LanczosFlowMatchScheduler(_LanczosStepping, FlowMatchEulerDiscreteScheduler):
-    r"""``FlowMatchEulerDiscreteScheduler`` made stochastic, with the full posterior covariance of the rectified-flow path.
+    r"""``FlowMatchEulerDiscreteScheduler`` made stochastic, with the full posterior covariance of its path.
 
     Each step goes from sigma_t to sigma_s by ``q(x_s | x_t, x_0)`` (``GaussianPath.bridge``) with the covariance
     ``variance I + x_0_weight^2 C`` drawn by Lanczos. Takes every argument of the parent and these:
@@ -360,12 +363,14 @@ class LanczosFlowMatchScheduler(_LanczosStepping, FlowMatchEulerDiscreteSchedule
         """
         if per_token_timesteps is not None:
             raise ValueError("per_token_timesteps gives every token its own time; a step's covariance needs one time")
-        if isinstance(timestep, int):
-            raise ValueError("pass one of scheduler.timesteps, not an index")
-        if self.step_index is None:
-            self._init_step_index(timestep)
-        t, s = float(self.sigmas[self.step_index]), float(self.sigmas[self.step_index + 1])
-        eta = self.path.full_renoising(t, s) if self.config.stochastic_sampling else self.config.eta
+        if isinstance(timestep, int) or (isinstance(timestep, Tensor) and not timestep.is_floating_point()):
+            raise ValueError(f"pass one of scheduler.timesteps, not an index; got {timestep!r}")
+        if self._step_index is None:
+            self._init_step_index(cast(torch.FloatTensor, timestep))
+        index: int = self._step_index  # pyright: ignore[reportAssignmentType]
+        sigmas, config = self._numbers(cast(Tensor, self.sigmas)), cast(Any, self.config)
+        t, s = sigmas[index], sigmas[index + 1]
+        eta = self.path.full_renoising(t, s) if config.stochastic_sampling else config.eta
         prev_sample, _ = self._reverse(
             model_output,
             sample,
@@ -375,9 +380,12 @@ class LanczosFlowMatchScheduler(_LanczosStepping, FlowMatchEulerDiscreteSchedule
             generator,
             linearization,
             t=t,
-            ends_at_first_noise=self.step_index == len(self.sigmas) - 3,
+            ends_at_first_noise=index == len(sigmas) - 3,
             clip=None,
+            noise_dtype=torch.float32,
         )
-        self._step_index += 1
+        self._step_index = index + 1
         prev_sample = prev_sample.to(model_output.dtype)
-        return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=prev_sample) if return_dict else (prev_sample,)
+        if not return_dict:
+            return (prev_sample,)
+        return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=cast(torch.FloatTensor, prev_sample))
