@@ -13,8 +13,9 @@ import pytest
 COMMANDS = {
     "demo": {"--out", "--steps", "--seed", "--device", "--resume"},
     "train": {"--out", "--steps", "--seed", "--device", "--resume"},
-    "sample": {"--steps", "--seed", "--device"},
-    "evaluate": {"--steps", "--seed", "--device", "--resume"},
+    # How many images and how many products are questions to a finished run; a recipe answers neither for good.
+    "sample": {"--steps", "--seed", "--device", "--count", "--num-lanczos-steps"},
+    "evaluate": {"--steps", "--seed", "--device", "--resume", "--count", "--num-lanczos-steps"},
     "report": {"--out"},
     "list": set(),
 }
