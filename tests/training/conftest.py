@@ -1,7 +1,4 @@
-"""Two ranks in a third of a second: forked processes, gloo, a store in a file; errors travel back with their trace.
-
-FSDP2 runs in such children only: threads that it leaves behind would make later forks hang.
-"""
+"""Two ranks in a third of a second: forked processes, gloo, a store in a file; errors travel back with their trace."""
 
 import io
 import multiprocessing
@@ -28,6 +25,7 @@ def _rank_main(rank: int, world_size: int, store: str, pipe: Connection, work: C
     torch.set_num_threads(1)  # OpenMP's threads did not come along, and it would wait for them
     try:
         dist.init_process_group("gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size)
+        dist.barrier()  # nobody may be done and gone before all are connected
         torch.save(("done", work(*args)), answer)
         dist.destroy_process_group()
     except BaseException:
@@ -44,6 +42,7 @@ def _answer(pipe: Connection) -> tuple[str, Any]:
 @pytest.fixture
 def on_ranks(tmp_path: Path) -> Callable[..., list[Any]]:
     """``on_ranks(world_size, work, *args)``: what ``work(*args)`` returns on each rank; fails if one of them does."""
+
     calls = iter(range(1000))
 
     def run(world_size: int, work: Callable[..., Any], *args: Any) -> list[Any]:

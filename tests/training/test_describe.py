@@ -55,6 +55,8 @@ def test_the_text_names_what_matters(toy):
     assert "not counted: the optimizer of critic" in text
 
 
-def test_impossible_players_are_refused(toy):
+def test_what_cannot_run_is_refused(toy):
+    with pytest.raises(ValueError, match="make batch_size a multiple of 3"):
+        describe(toy.player(), toy.data(), toy.config(), world_size=3)
     with pytest.raises(ValueError, match="two players are called"):
         describe([toy.player(), toy.player()], toy.data(), toy.config())

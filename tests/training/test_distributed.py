@@ -213,6 +213,13 @@ def test_a_group_that_is_open_is_used_and_left_open(on_ranks):
     assert on_ranks(2, work) == [True, True]
 
 
+def test_a_group_without_cpu_tensors_is_refused(monkeypatch):
+    with worker_group("cpu"):
+        monkeypatch.setattr(dist, "get_backend_config", lambda: "cuda:nccl")
+        with pytest.raises(ValueError, match="carries no CPU tensors; open it with"), worker_group("cpu"):
+            pass
+
+
 def test_the_own_group_is_closed_after_an_exception():
     def work():
         with worker_group("cpu") as workers:

@@ -1,6 +1,7 @@
 import json
 import sys
 from importlib import import_module
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -32,6 +33,19 @@ def test_a_line_can_be_read_as_soon_as_it_is_written(tmp_path):
     file.close()
 
 
+def test_a_full_disk_does_not_end_the_run(tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile(path, resumed_step=0)
+    file.write({"step": 1})
+    room, file._file = file._file, Path("/dev/full").open("a")  # noqa: SIM115
+    file.write({"step": 2})
+    assert "metrics.jsonl cannot be written (No space left on device)" in caplog.text
+    file.close()
+    assert "lacks its last lines" in caplog.text
+    room.close()
+    assert path.read_text() == '{"step": 1}\n'
+
+
 def test_plain_lines_come_at_intervals_and_at_the_end(capsys, monkeypatch):
     now = iter([0.0, 0.5, 1.0, 11.0, 12.0])
     monkeypatch.setattr(metrics, "time", SimpleNamespace(monotonic=lambda: next(now)))
@@ -61,7 +75,7 @@ def test_silence(capsys):
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00:00"), (59.6, "0:01:00"), (3_723, "1:02:03")])
+@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00:00"), (59.6, "0:01:00"), (3_723.0, "1:02:03")])
 def test_durations(seconds, text):
     assert plain_duration(seconds) == text
 

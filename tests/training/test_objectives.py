@@ -113,11 +113,12 @@ def test_a_real_network_learns(tmp_path, toy):
             sample_size=8,
             in_channels=1,
             out_channels=1,
-            block_out_channels=(8, 8),
+            block_out_channels=(8,),
             layers_per_block=1,
-            down_block_types=("DownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "UpBlock2D"),
+            down_block_types=("DownBlock2D",),
+            up_block_types=("UpBlock2D",),
             norm_num_groups=4,
+            add_attention=False,
         )
     player = Player(
         name="denoiser",

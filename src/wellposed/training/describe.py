@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from wellposed.training.config import TrainingConfig
+from wellposed.training.config import TrainingConfig, samples_per_share
 from wellposed.training.data_plan import TrainingData
 from wellposed.training.players import Player, check_players
 
@@ -103,14 +103,14 @@ def describe(
         world_size: number of ranks it would run on.
 
     Raises:
-        ValueError: players that cannot play together.
+        ValueError: players that cannot play together, a batch that cannot be shared evenly.
     """
     described = tuple(_describe_player(player) for player in check_players(players))
     total = sum(player.total_bytes for player in described)
     return RunDescription(
         players=described,
         batch_size=data.batch_size,
-        share=data.batch_size // (world_size * config.gradient_accumulation),
+        share=samples_per_share(data.batch_size, config, world_size),
         max_steps=config.max_steps,
         steps_per_epoch=getattr(data, "steps_per_epoch", None),
         bytes_per_rank=total // world_size if config.sharding == "fsdp2" else total,

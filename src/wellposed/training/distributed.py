@@ -46,7 +46,7 @@ class Workers:
 
     def mean(self, values: Mapping[str, Tensor]) -> dict[str, float]:
         """Scalars averaged over the ranks, as numbers. The one point of a step where the CPU waits for the device."""
-        stacked = torch.stack([value.detach().double().cpu() for value in values.values()])
+        stacked = torch.stack([value.detach() for value in values.values()]).cpu().double()
         dist.all_reduce(stacked)
         return dict(zip(values, (stacked / self.world_size).tolist(), strict=True))
 
@@ -90,6 +90,11 @@ def worker_group(device: str) -> Generator[Workers]:
             dist.init_process_group(backend)
         else:
             dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+    elif "cpu:" not in dist.get_backend_config():
+        raise ValueError(
+            f"the open process group ({dist.get_backend_config()}) carries no CPU tensors; open it with "
+            'init_process_group("cpu:gloo,cuda:nccl"), or let train open it'
+        )
     try:
         yield Workers(rank=dist.get_rank(), world_size=dist.get_world_size(), device=chosen)
     finally:

@@ -12,9 +12,9 @@ import torch
 
 from wellposed.training.averages import WeightAverage
 from wellposed.training.checkpoint import CheckpointStore, Progress
-from wellposed.training.config import TrainingConfig
+from wellposed.training.config import TrainingConfig, samples_per_share
 from wellposed.training.data_plan import TrainingData
-from wellposed.training.distributed import Workers, worker_group
+from wellposed.training.distributed import worker_group
 from wellposed.training.interrupts import InterruptFlag, TrainingInterrupted
 from wellposed.training.metrics import MetricsFile, progress_report
 from wellposed.training.players import Player, check_players
@@ -94,11 +94,12 @@ def train(
     folder = Path(out)
     with ExitStack() as stack:
         workers = stack.enter_context(worker_group(config.device))
-        _check_shares(data.batch_size, config, workers)
+        samples_per_share(data.batch_size, config, workers.world_size)  # or a clear error
         stack.enter_context(_random_state_kept(workers.device))
         run = Run(chosen, config, workers)
         store = CheckpointStore(folder / "checkpoints", workers, config.keep_last)
-        checkpoint = _resume(run, store, data, resume)
+        fingerprint = dict(data.fingerprint())  # once: it may read the whole set
+        checkpoint = _resume(run, store, fingerprint, resume)
         interrupt = stack.enter_context(InterruptFlag())
         report = stack.enter_context(
             closing(progress_report(run.step, config.max_steps, silent=not (config.progress and workers.is_main)))
@@ -122,7 +123,7 @@ def train(
                 callback.on_step_end(run)
             stopping = workers.any(interrupt.raised)
             if stopping or run.step % config.checkpoint_every == 0 or run.step == config.max_steps:
-                checkpoint = _save(run, store, data)
+                checkpoint = _save(run, store, fingerprint)
                 for callback in callbacks:
                     callback.on_checkpoint(run, checkpoint)
                 if run.step < config.max_steps and stopping:
@@ -131,33 +132,26 @@ def train(
     return TrainingResult(step=run.step, checkpoint=checkpoint, metrics=run.metrics, averages=run.averages)
 
 
-def _check_shares(batch_size: int, config: TrainingConfig, workers: Workers) -> None:
-    shares = workers.world_size * config.gradient_accumulation
-    if batch_size % shares:
-        raise ValueError(
-            f"a batch of {batch_size} cannot be split evenly into {workers.world_size} rank(s) x "
-            f"{config.gradient_accumulation} accumulated share(s); make batch_size a multiple of {shares}"
-        )
-
-
 @contextmanager
 def _random_state_kept(device: torch.device) -> Generator[None]:
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         yield
 
 
-def _save(run: Run, store: CheckpointStore, data: TrainingData) -> Path:
+def _save(run: Run, store: CheckpointStore, fingerprint: dict[str, int | str]) -> Path:
     progress = Progress(
         step=run.step,
         seed=run.config.seed,
-        data=dict(data.fingerprint()),
+        data=fingerprint,
         updates={name: live.updates for name, live in run.players.items()},
         metrics=run.metrics,
     )
     return store.save({name: live.state_dict() for name, live in run.players.items()}, progress)
 
 
-def _resume(run: Run, store: CheckpointStore, data: TrainingData, resume: Literal["auto", "never"]) -> Path | None:
+def _resume(
+    run: Run, store: CheckpointStore, fingerprint: dict[str, int | str], resume: Literal["auto", "never"]
+) -> Path | None:
     """Bring the run to the newest checkpoint, if there is one; returns its folder."""
     path = store.latest()
     if path is None:
@@ -165,7 +159,7 @@ def _resume(run: Run, store: CheckpointStore, data: TrainingData, resume: Litera
     if resume == "never":
         raise ValueError(f"{store.folder} already holds {path.name}; choose another folder or write resume='auto'")
     progress = store.progress(path)
-    _check_same_run(path, progress, run, data)
+    _check_same_run(path, progress, run, fingerprint)
     state = {name: live.state_dict() for name, live in run.players.items()}
     store.load(path, state)
     for name, live in run.players.items():
@@ -177,11 +171,11 @@ def _resume(run: Run, store: CheckpointStore, data: TrainingData, resume: Litera
     return path
 
 
-def _check_same_run(path: Path, progress: Progress, run: Run, data: TrainingData) -> None:
+def _check_same_run(path: Path, progress: Progress, run: Run, fingerprint: dict[str, int | str]) -> None:
     expected = {
         "players": (sorted(progress.updates), sorted(run.players)),
         "seed": (progress.seed, run.config.seed),
-        "data": (progress.data, dict(data.fingerprint())),
+        "data": (progress.data, fingerprint),
     }
     for what, (saved, given) in expected.items():
         if saved != given:

@@ -1,6 +1,7 @@
 """What a run says while it trains: a file of metrics and a line on the terminal."""
 
 import json
+import logging
 import sys
 import time
 from collections.abc import Mapping
@@ -14,6 +15,8 @@ __all__ = ["MetricsFile", "ProgressReport", "plain_duration"]
 
 SECONDS_BETWEEN_PLAIN_LINES = 10.0
 
+logger = logging.getLogger(__name__)
+
 
 class MetricsFile:
     """One JSON object a line, each with its ``step``; every step at most once, however often the run was resumed."""
@@ -24,13 +27,19 @@ class MetricsFile:
         self._file: IO[str] = path.open("a")
 
     def write(self, record: Mapping[str, int | float]) -> None:
-        """Append a line, on the disk before this returns to the operating system's care."""
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        """Append a line. Where the disk is full it waits in memory for the next one: no reason to lose a run."""
+        try:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+        except OSError as error:
+            logger.warning("%s cannot be written (%s); trying again with the next line", self.path, error.strerror)
 
     def close(self) -> None:
         """No more lines."""
-        self._file.close()
+        try:
+            self._file.close()
+        except OSError as error:
+            logger.warning("%s lacks its last lines (%s)", self.path, error.strerror)
 
 
 def _keep_lines_up_to(path: Path, step: int) -> None:
