@@ -26,7 +26,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from wellposed.lgs.channel import ChannelQuadrature, channel_quadrature, checked_snrs
-from wellposed.lgs.sampler import CovarianceDraw, LanczosCovariance, LanczosSettings, ReversePoint
+from wellposed.lgs.reverse import CovarianceDraw, ReversePoint
+from wellposed.lgs.sampler import LanczosCovariance, LanczosSettings
 from wellposed.oracles import GaussianMixtureOracle
 from wellposed.paths import Bridge, GaussianPath, RectifiedFlow
 
