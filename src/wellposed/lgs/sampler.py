@@ -220,7 +220,7 @@ class CoefficientRatio:
         usable = (last > 0) & (before > 0)
         return cls(float((last[usable] / before[usable]).mean()) if bool(usable.any()) else 1.0)
 
-    def extended(self, krylov: Krylov) -> Float[Tensor, "batch steps+1 steps+1"]:
+    def extended(self, krylov: Krylov) -> Float[Tensor, "batch size size"]:
         """The projection with one more row and column: its off-diagonal is known, its diagonal entry guessed."""
         matrix = krylov.projection()
         batch, size, _ = matrix.shape
