@@ -18,7 +18,7 @@ and can be trained on any denoiser without opening it.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -26,10 +26,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from wellposed.batches import ImageBatch
 from wellposed.denoisers import Denoiser
 from wellposed.lgs.jacobian import linearize
 from wellposed.lgs.reverse import CovarianceDraw, ReversePoint, StepCost, standard_normal
 from wellposed.paths import convert_prediction
+from wellposed.training import Objective, StepContext
 
 __all__ = [
     "AnalyticCovariance",
@@ -39,6 +41,7 @@ __all__ = [
     "HeadCovariance",
     "HeadKind",
     "head_objective",
+    "head_training_objective",
     "noise_second_moment",
     "probed_diagonal",
 ]
@@ -288,6 +291,33 @@ def head_objective(
             epsilon = epsilon_at(x_t)
         target = noise**2 if kind == "sn" else (noise - epsilon) ** 2
     return nn.functional.mse_loss(head(x_t, epsilon, alpha, sigma), target)
+
+
+def head_training_objective(denoiser: Denoiser, kind: HeadKind) -> Objective:
+    """``head_objective`` for the one training loop, whose player is the head; the batch is an ``ImageBatch``.
+
+    Times as in ``denoising_objective``: spread evenly over the batch, over the training indices of a discrete path. The
+    denoiser is no player: it stays as it is, and has to be on the run's device.
+
+    Args:
+        denoiser: frozen; labels of the batch, where it has any, reach it as ``class_labels``.
+        kind: that of the head.
+    """
+
+    def objective(
+        models: Mapping[str, nn.Module], batch: ImageBatch, context: StepContext
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        count = denoiser.path.num_train_timesteps
+        uniform = context.uniform(stratified=True)
+        # On a continuous path both ends are out of reach: no noise to predict at 0, perhaps no signal at 1.
+        t = uniform.clamp(1e-3, 1 - 1e-3) if count is None else ((uniform * count).long() + 1) / count
+        shape = tuple(batch.images.shape[1:])
+        noise, probe = context.normal(shape), context.normal(shape).sign()
+        cond: dict[str, Any] = {} if batch.labels is None else {"class_labels": batch.labels}
+        head = models[context.player]
+        return head_objective(denoiser, head, kind, batch.images, t, noise, probe, **cond), {}
+
+    return objective
 
 
 def probed_diagonal(
