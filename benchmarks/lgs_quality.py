@@ -221,7 +221,8 @@ def main() -> None:
     def show(outcome: Outcome, first: Tensor) -> None:
         spread = " ".join(f"{value:.2f}" for value in outcome.frechet)
         print(
-            f"T = {outcome.steps:<4} {outcome.name:>14}  {spread:>20}  {1000 * outcome.seconds:8.2f} ms  "
+            f"T = {outcome.steps:<4} {outcome.name:>14}  {spread:>20}  {1000 * outcome.seconds:8.2f} ms wall  "
+            f"{1000 * outcome.cpu_seconds:8.2f} ms CPU  "
             f"{outcome.evaluations:6.1f} evaluations",
             flush=True,
         )

@@ -37,8 +37,6 @@ class LanczosDDPMPipeline(DDPMPipeline):
         if not isinstance(scheduler, LanczosDDPMScheduler):
             scheduler = LanczosDDPMScheduler.from_config(scheduler.config)  # pyright: ignore[reportAssignmentType]
         super().__init__(unet=unet, scheduler=scheduler)
-        # The parent registers a plain scheduler made from the config it was given.
-        self.register_modules(unet=unet, scheduler=scheduler)
 
     @torch.no_grad()
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -72,8 +72,9 @@ class Contender:
 class Outcome:
     """One contender at one number of steps.
 
-    ``frechet`` has one entry a seed. ``seconds`` is wall-clock time per image; ``evaluations`` counts forward passes
-    and Jacobian products per image; ``mean_products`` is what a step took on average.
+    ``frechet`` has one entry a seed. ``seconds`` is wall-clock time per image, ``cpu_seconds`` the process's CPU time,
+    all threads together, which is the steadier of the two on a machine that others use; ``evaluations`` counts forward
+    passes and Jacobian products per image; ``mean_products`` is what a step took on average.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Outcome:
     steps: int
     frechet: tuple[float, ...]
     seconds: float
+    cpu_seconds: float
     evaluations: float
     mean_products: float
     failed: int
@@ -270,7 +272,7 @@ def compare(
         times = [(index + 1) / count for index in linear_trajectory(count, steps)]
         for contender in contenders:
             distances: list[float] = []
-            seconds, evaluations, products, failed = 0.0, 0, 0, 0
+            seconds, cpu_seconds, evaluations, products, failed = 0.0, 0.0, 0, 0, 0
             shown = torch.empty(0)
             for seed in seeds:
                 images: list[Tensor] = []
@@ -278,11 +280,12 @@ def compare(
                     size = min(batch_size, num_samples - start)
                     generator = torch.Generator(device).manual_seed(derived_seed(seed, "comparison", start))
                     x_T = torch.randn(size, *shape, generator=generator, device=device)
-                    began = time.perf_counter()
+                    began, cpu_began = time.perf_counter(), time.process_time()
                     drawn, record = contender.sampler(x_T, times, generator)
                     if device.type == "cuda":
                         torch.cuda.synchronize(device)
                     seconds += time.perf_counter() - began
+                    cpu_seconds += time.process_time() - cpu_began
                     evaluations += record.evaluations * size
                     products += sum(record.products) * size
                     failed += record.failed
@@ -297,6 +300,7 @@ def compare(
                 steps=steps,
                 frechet=tuple(distances),
                 seconds=seconds / total,
+                cpu_seconds=cpu_seconds / total,
                 evaluations=evaluations / total,
                 mean_products=products / total / steps,
                 failed=failed,
