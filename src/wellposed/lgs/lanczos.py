@@ -51,9 +51,7 @@ class Krylov:
 
     def residual(self) -> Float[Tensor, " batch"]:
         """Norm of what the last counted product left outside the basis; 0 where the Krylov space is invariant."""
-        last = (self.steps - 1).clamp_min(0)
-        rows = torch.arange(len(last))
-        return torch.where(self.steps > 0, self.hessenberg[rows, last + 1, last], 0.0)
+        return self.hessenberg[torch.arange(len(self.steps)), self.steps, self.steps - 1]
 
 
 def lanczos(
@@ -74,16 +72,16 @@ def lanczos(
     Args:
         product: v -> A v, for a whole batch in z's shape; called with at least float32.
         z: start vectors.
-        num_steps: m >= 0, the most products to take.
+        num_steps: m >= 1, the most products to take.
         converged: asked after each product but the last; samples for which it is true take no part in further ones.
         breakdown: relative size of a residual that counts as zero. It is measured against ||A v||, not against the
             Rayleigh quotient, which can vanish where A has negative eigenvalues.
 
     Raises:
-        ValueError: if ``num_steps`` is negative.
+        ValueError: if ``num_steps`` is below 1.
     """
-    if num_steps < 0:
-        raise ValueError(f"num_steps must be >= 0, got {num_steps}; 0 applies f(0) and takes no product")
+    if num_steps < 1:
+        raise ValueError(f"num_steps must be >= 1, got {num_steps}; without a product there is only f(0) z")
     batch = len(z)
     start = z.flatten(1).to(torch.promote_types(z.dtype, torch.float32))
     norm = start.norm(dim=1)

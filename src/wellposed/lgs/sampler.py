@@ -258,7 +258,7 @@ def _relative_error(krylov: Krylov, spectrum: Callable[[Tensor], Tensor], gain: 
     if matrix.shape[-1] == 1:
         return torch.where(residual > 0, first, 0)
     rows = torch.arange(len(matrix))
-    last = (krylov.steps - 1).clamp_min(0)
+    last = krylov.steps - 1
     shorter = matrix.clone()
     shorter[rows, last, :] = 0
     shorter[rows, :, last] = 0
