@@ -104,9 +104,9 @@ def _rates(theory: Mapping[str, Any], network: Mapping[str, Any], settings: Demo
         wide=True,
     )
     text = (
-        "A reverse step of a DDPM is a Gaussian. Its mean is learned; its covariance is usually a fixed multiple of "
-        "the identity. The exact one, `beta~ I + g^2 Cov[x_0 | x_t]`, is neither isotropic nor diagonal, and with it the "
-        "error of the whole chain falls with the square of the number of steps."
+        "A reverse step of a DDPM is a Gaussian. Its mean is learned; its covariance is usually a fixed multiple "
+        "of the identity. The exact one, `beta~ I + g^2 Cov[x_0 | x_t]`, is neither isotropic nor diagonal, and "
+        "with it the error of the whole chain falls with the square of the number of steps."
     )
     return Section(id="rates", title="The default covariance is the wrong one", short="Rates", items=(text, figure))
 
@@ -215,10 +215,11 @@ def _guided(guidance: Mapping[str, Any]) -> Section:
             for row in guidance["mixture"]
         ),
         caption=(
-            "The mixture with its exact classifier p(y | x_t): whatever distance remains is the sampler's. 0 within its "
-            f"error is exact; the law itself has p(y | x) = {guidance['exact_agreement']:.3f}. *posterior*: "
-            "the classifier is part of the denoiser, so that its Hessian is part of the covariance; *shift*: the mean "
-            "moves by Sigma times the classifier's gradient. At scales above 1 no sampler aims at the conditional law."
+            "The mixture with its exact classifier p(y | x_t): whatever distance remains is the sampler's. 0 within "
+            f"its error is exact; the law itself has p(y | x) = {guidance['exact_agreement']:.3f}. *posterior*: the "
+            "classifier is part of the denoiser, so that its Hessian is part of the covariance; *shift*: the mean "
+            "moves by Sigma times the classifier's gradient. At scales above 1 no sampler aims at the conditional "
+            "law."
         ),
     )
     images = Table(
