@@ -222,8 +222,19 @@ def lanczos_table(name: str, spectrum: Tensor, path: GaussianPath, draws: int, s
                 for tol, result in adaptive.items()
             },
         }
+        amortized = {
+            (m, every): run(num_steps, num_lanczos_steps=m, amortize=every) for m in (1, 2) for every in (2, 4)
+        }
+        table[str(num_steps)]["amortized"] = {
+            f"m={m} l={every}": {"mean_m": float(result.products.mean()), "nats": result.total}
+            for (m, every), result in amortized.items()
+        }
         told = "  ".join(f"{tol:g}: {float(r.products.mean()):.2f} / {r.total:.2g}" for tol, r in adaptive.items())
         print(f"{num_steps:>4} {condition:>6.1f}" + "".join(f"{r.total:>10.3g}" for r in fixed) + f"   {told}")
+    print("amortised, one degree more than products: mean m / nats")
+    for num_steps, row in table.items():
+        entries = (f"{key}: {each['mean_m']:.2f} / {each['nats']:.3g}" for key, each in row["amortized"].items())
+        print(f"{num_steps:>4}   " + "   ".join(entries))
     print("largest mean error of a draw among the steps with condition number <= 4, and 3^-m")
     for num_steps, row in table.items():
         print(f"{num_steps:>4}       " + "".join(f"{error:>10.1e}" for error in row["draw_error"]))

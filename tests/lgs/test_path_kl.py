@@ -272,3 +272,18 @@ def test_adaptive_steps_spend_products_where_they_are_needed() -> None:
     assert float(result.products.mean()) < 2
     assert result.total < fixed
     assert float(result.products[0]) <= 1.5 < float(result.products[-1])
+
+
+def test_amortised_steps_keep_the_quality_of_one_more_product() -> None:
+    """m = 1 with every second ratio measured: 1.5 products a step, nearly the path KL of two."""
+    spectrum, steps = stationary_image_spectrum(), 50
+    result = lanczos_path_kl(
+        spectrum,
+        cifar_path(),
+        linear_times(steps),
+        LanczosSettings(num_lanczos_steps=1, amortize=2, **BARE),
+        generator=torch.Generator().manual_seed(0),
+    )
+    one, two = totals(spectrum, steps, range(1, 3))
+    assert float(result.products.mean()) < 1.6
+    assert result.total < 1.5 * two < one / 1000
