@@ -298,7 +298,7 @@ def _show_scores(scores: "Sequence[SamplingScore]") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("T", "m", scores[0].metric, "real images", "evaluations", "seconds", caption=_card(scores[0]))
+    table = Table("T", "m", scores[0].metric, "real against real", "evaluations", "seconds", caption=_card(scores[0]))
     for one in scores:
         floor = "" if one.floor is None else f"{one.floor:.4f}"
         table.add_row(

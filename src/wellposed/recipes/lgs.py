@@ -38,7 +38,10 @@ def lgs_tiny() -> Recipe:
         name="lgs_tiny",
         summary="8x8 digits, a small U-Net trained from scratch; minutes on a CPU",
         paper=PAPER,
-        expected="the lower the step count, the larger the gain of m = 3 over m = 0",
+        expected=(
+            "ours: Frechet distance on digit features at T = 5, 10 about 9 and 6 with m = 3, 34 and 10 with m = 0; "
+            "real images 2.7"
+        ),
         network=_tiny_network,
         scheduler=_linear_schedule,
         dataset=_digits,
@@ -53,7 +56,7 @@ def lgs_tiny() -> Recipe:
             log_every=20,
         ),
         sampling=SamplingSettings(step_counts=(5, 10, 25, 50), num_inference_steps=25, batch_size=250),
-        evaluation=FeatureEvaluation(num_samples=1000, extractor=_digit_features),
+        evaluation=FeatureEvaluation(num_samples=500, extractor=_digit_features),
     )
 
 
