@@ -43,6 +43,8 @@ def _answer(pipe: Connection) -> tuple[str, Any]:
 def on_ranks(tmp_path: Path) -> Callable[..., list[Any]]:
     """``on_ranks(world_size, work, *args)``: what ``work(*args)`` returns on each rank; fails if one of them does."""
 
+    import torch._dynamo  # noqa: F401 - FSDP2 needs it, and every child would import it anew
+
     calls = iter(range(1000))
 
     def run(world_size: int, work: Callable[..., Any], *args: Any) -> list[Any]:

@@ -158,6 +158,14 @@ def test_a_damaged_checkpoint_is_refused(store):
         store.load(path, {"weight": torch.ones(1000)})
 
 
+def test_damaged_progress_is_refused(store):
+    path = store.save({"weight": torch.zeros(1)}, progress(1))
+    for damaged in ('{"step": 1', '{"step": 1}'):
+        (path / "progress.json").write_text(damaged)
+        with pytest.raises(ValueError, match="remove the checkpoint to resume from the one before"):
+            store.progress(path)
+
+
 def test_another_structure_is_refused(store):
     path = store.save({"net": {"weight": torch.zeros(3)}}, progress(1))
     for other in ({"net": {"bias": torch.zeros(3)}}, {"net": {"weight": torch.zeros(4)}}):

@@ -56,16 +56,18 @@ def assert_same(left, right):
 
 
 @pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])
-def test_two_ranks_equal_one(toy, on_ranks, tmp_path, sharding):
+def test_two_ranks_equal_one_and_one_can_go_on_from_two(toy, on_ranks, tmp_path, sharding):
     whole = trained(toy, tmp_path / "one", two_players(toy), max_steps=5)
 
-    def work():
+    def work(out, steps):
         # Each rank starts elsewhere: the main rank's weights count.
         players = two_players(toy, seed=10 * dist.get_rank())
-        return trained(toy, tmp_path / "two", players, max_steps=5, sharding=sharding, gradient_accumulation=2)
+        return trained(toy, tmp_path / out, players, max_steps=steps, sharding=sharding, gradient_accumulation=2)
 
-    for of_rank in on_ranks(2, work):
+    for of_rank in on_ranks(2, work, "two", 5):
         assert_close(of_rank, whole)
+    on_ranks(2, work, "fewer", 3)
+    assert_close(trained(toy, tmp_path / "fewer", two_players(toy), max_steps=5), whole)
 
 
 def test_fsdp2_resumes_exactly_and_reshards(toy, on_ranks, tmp_path):

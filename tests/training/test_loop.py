@@ -40,24 +40,18 @@ def rich_players(toy):
         out = models["first"](batch)
         return (models["second"](out) - batch).square().mean(), {"half": 0.5}
 
-    return [
-        toy.player(
-            name="first",
-            model=toy.network(dropout=0.3),
-            ema_decay=0.8,
-            ema_start=2,
-            lr_scheduler=decaying,
-            clip_norm=0.3,
-        ),
-        toy.player(
-            name="second",
-            model=toy.network(seed=1),
-            objective=through_the_other,
-            optimizer=partial(torch.optim.SGD, lr=1e-2, momentum=0.9),
-            every=3,
-            start=4,
-        ),
-    ]
+    first = toy.player(
+        name="first",
+        model=toy.network(dropout=0.3),
+        optimizer=partial(torch.optim.SGD, lr=1e-2, momentum=0.9),
+        lr_scheduler=decaying,
+        ema_decay=0.8,
+        ema_start=2,
+        clip_norm=0.3,
+    )
+    # Adam counts its updates: a checkpoint before the first one must not count as one.
+    second = toy.player(name="second", model=toy.network(seed=1), objective=through_the_other, every=3, start=4)
+    return [first, second]
 
 
 def lines_of(folder):
@@ -447,3 +441,17 @@ def test_compiled_models_train_alike(toy, tmp_path):
         results.append(toy.weights(player.model))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])
+def test_on_cuda(toy, tmp_path, sharding):
+    def run(folder, *stops):
+        for steps in stops:
+            players = rich_players(toy)
+            config = toy.config(device="cuda", max_steps=steps, sharding=sharding, gradient_accumulation=2)
+            result = train(players, toy.data(), config, folder)
+        assert players[0].model[0].weight.device.type == "cuda"
+        return {name: value for name, value in result.metrics.items() if name != "samples_per_second"}
+
+    assert run(tmp_path / "stopped", 3, 9) == run(tmp_path / "straight", 9)

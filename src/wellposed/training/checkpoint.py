@@ -108,8 +108,18 @@ class CheckpointStore:
             ) from error
 
     def progress(self, path: Path) -> Progress:
-        """What the checkpoint says about its run."""
-        return Progress(**json.loads((path / PROGRESS_FILE).read_text()))
+        """What the checkpoint says about its run.
+
+        Raises:
+            ValueError: if that cannot be read, because the file is damaged or of another version of this library.
+        """
+        try:
+            return Progress(**json.loads((path / PROGRESS_FILE).read_text()))
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"{path / PROGRESS_FILE} cannot be read ({_first_line(error)}); remove the checkpoint to resume from "
+                "the one before"
+            ) from error
 
     def _list_complete(self) -> list[str]:
         if not self.folder.is_dir():

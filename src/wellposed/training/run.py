@@ -183,7 +183,7 @@ class Run:
         (loss / shares).backward()
         return {
             metric: torch.as_tensor(value, device=device).detach() / shares
-            for metric, value in {"loss": loss, **metrics}.items()
+            for metric, value in {**metrics, "loss": loss}.items()
         }
 
     def _refuse_non_finite(self, name: str, values: Mapping[str, float]) -> None:
