@@ -10,9 +10,11 @@ For the posterior mean of an exact denoiser J is symmetric and all three agree. 
 asymmetry, and sampling with one is as good as with the other (docs/methods/lgs.md has the measurement).
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, Literal
 
 import torch
@@ -108,6 +110,10 @@ _NOT_DIFFERENTIABLE = (
 
 
 def _jvp(function: Callable[[Tensor], Tensor], x: Tensor) -> Linearization:
+    with warnings.catch_warnings():
+        # torch's own use of torch.jit.script, at the first dual number of a process.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        import_module("torch._decomp.decompositions_for_jvp")
     with torch.no_grad():
         output = function(x)
 
