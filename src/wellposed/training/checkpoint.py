@@ -124,20 +124,21 @@ class CheckpointStore:
     def _list_complete(self) -> list[str]:
         if not self.folder.is_dir():
             return []
-        return sorted(
+        whole = [
             path.name
             for path in self.folder.iterdir()
             if re.fullmatch(r"step_\d{8,}", path.name)
             and (path / PROGRESS_FILE).is_file()
             and (path / METADATA_FILE).is_file()
-        )
+        ]
+        return sorted(whole, key=lambda name: int(name.removeprefix("step_")))
 
     def _prune(self) -> None:
         for name in self._list_complete()[: -self.keep_last]:
             # Renamed first: a removal cut short must not leave a folder that looks complete.
-            doomed = self.folder / f".{name}.partial"
-            (self.folder / name).rename(doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+            (self.folder / name).rename(self.folder / f".{name}.partial")
+        for leftover in self.folder.glob(".step_*.partial"):
+            shutil.rmtree(leftover, ignore_errors=True)
 
     def _failure_message(self, path: Path, cause: BaseException) -> str:
         previous = self._list_complete()
