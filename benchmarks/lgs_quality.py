@@ -14,7 +14,7 @@ FOLDER holds ``loaders.py`` with functional networks, ``mnist/`` and ``mnist_ddp
 import argparse
 import importlib.util
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import ModuleType
@@ -75,7 +75,7 @@ def own_run(run: Path, device: torch.device) -> Bench:
         max_variance=1.0,
         scale=unit_images,
         extractor=digit_features(run / "features", device=str(device)),
-        data=dataset,
+        data=replace(dataset, labels=None),
     )
 
 

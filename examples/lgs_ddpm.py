@@ -29,7 +29,7 @@ def analytic(num_steps: int = 10, num_samples: int = 20_000) -> dict[int, float]
     for m in (0, 1, 2, 3):
         generator = torch.Generator().manual_seed(0)
         x_T = torch.randn(num_samples, 16, generator=generator, dtype=torch.float64)
-        settings = LanczosSettings(num_lanczos_steps=m, isotropic_below_snr=0, max_variance=None)
+        settings = LanczosSettings(num_lanczos_steps=m, isotropic_below_snr=0.0, max_variance=None)
         samples, record = sample(oracle, x_T, times, LanczosCovariance(settings), generator=generator)
         ratio = torch.linalg.eigvalsh(
             torch.diag(variances.rsqrt()) @ torch.cov(samples.T) @ torch.diag(variances.rsqrt())

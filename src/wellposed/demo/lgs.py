@@ -83,7 +83,7 @@ def lanczos_study(stages: Stages, settings: DemoSettings) -> dict[str, Any]:
                 stationary_image_spectrum(16),
                 path,
                 times,
-                LanczosSettings(num_lanczos_steps=m, isotropic_below_snr=0, max_variance=None),
+                LanczosSettings(num_lanczos_steps=m, isotropic_below_snr=0.0, max_variance=None),
                 generator=torch.Generator().manual_seed(derived_seed(stages.seed, "lanczos", m)),
             )
             condition = chain.condition
@@ -139,7 +139,7 @@ def network_study(stages: Stages, settings: DemoSettings, *, device: str) -> dic
         outcomes = compare(
             _contenders(denoiser, images, heads, stages.seed),
             denoiser=denoiser,
-            shape=tuple(images.shape[1:]),
+            shape=(1, 8, 8),
             step_counts=settings.step_counts,
             num_samples=settings.num_samples,
             batch_size=min(250, settings.num_samples),
@@ -238,7 +238,7 @@ def _heads(stages: Stages, settings: DemoSettings, denoiser: NetworkDenoiser, de
         return train_head(
             kind,
             denoiser,
-            digits(8, split="train"),
+            replace(digits(8, split="train"), labels=None),
             stages.folder / "heads" / kind,
             channels=1,
             steps=settings.head_steps,

@@ -73,5 +73,5 @@ class Stages:
 
 def _plain(settings: Any) -> dict[str, Any]:
     """Settings as JSON gives them back: tuples as lists, keys as text."""
-    held = asdict(settings) if is_dataclass(settings) and not isinstance(settings, type) else dict(settings)
-    return json.loads(json.dumps(held))
+    held: Any = asdict(settings) if is_dataclass(settings) and not isinstance(settings, type) else settings
+    return json.loads(json.dumps(held, default=dict))

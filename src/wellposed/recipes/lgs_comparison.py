@@ -5,7 +5,7 @@ the images. The demo and ``benchmarks/lgs_quality.py`` are two calls of it.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,12 +26,12 @@ from wellposed.lgs.baselines import (
     FixedSmall,
     HeadCovariance,
     HeadKind,
-    head_objective,
+    head_training_objective,
     noise_second_moment,
 )
 from wellposed.lgs.sampler import LanczosCovariance, LanczosSettings, ReverseCovariance, SamplingRecord, sample
 from wellposed.recipes.draw import linear_trajectory
-from wellposed.training import PlannedBatches, Player, StepContext, TrainingConfig, train
+from wellposed.training import PlannedBatches, Player, TrainingConfig, train
 from wellposed.training.context import derived_seed
 
 __all__ = [
@@ -96,7 +96,7 @@ class Outcome:
 def _covariance_sampler(
     denoiser: NetworkDenoiser,
     covariance: Callable[[Sequence[float]], ReverseCovariance],
-    clip: float | None,
+    clip: Clip,
     **options: Any,
 ) -> Sampler:
     def run(x_T: Tensor, times: Sequence[float], generator: torch.Generator) -> tuple[Tensor, SamplingRecord]:
@@ -201,24 +201,19 @@ def train_head(
     learning_rate: float = 1e-3,
     device: str = "cpu",
 ) -> CovarianceHead:
-    """A covariance head, trained by the one loop with the denoiser frozen; a finished one is loaded."""
+    """A covariance head, trained by the one loop with the denoiser frozen; a finished one is loaded.
+
+    ``data`` is an image set for ``PlannedBatches``; its labels, if it has any, go to the denoiser.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derived_seed(seed, "head", kind))
         head = CovarianceHead(channels, kind=kind)
-
-    def objective(models: Mapping[str, Any], batch: Any, context: StepContext) -> tuple[Tensor, dict[str, Tensor]]:
-        count = denoiser.path.num_train_timesteps
-        assert count is not None
-        t = ((context.uniform(stratified=True) * count).long() + 1).double() / count
-        noise = context.normal(tuple(batch.images.shape[1:]))
-        probe = torch.sign(context.normal(tuple(batch.images.shape[1:])))
-        return head_objective(denoiser, models[context.player], kind, batch.images, t, noise, probe), {}
 
     result = train(
         Player(
             name=kind,
             model=head,
-            objective=objective,
+            objective=head_training_objective(denoiser, kind),
             optimizer=partial(torch.optim.Adam, lr=learning_rate),
             ema_decay=0.99,
             clip_norm=1.0,

@@ -1,0 +1,40 @@
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def example(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_lgs_ddpm_reaches_the_numbers_that_it_names() -> None:
+    worst = example("lgs_ddpm").analytic(num_samples=4000)
+    assert worst[1] > 5
+    assert worst[2] < 2
+    assert worst[3] < 1.35
+
+
+def test_lgs_ddpm_runs_on_a_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unet = UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8, 8),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=4,
+    )
+    DDPMPipeline(unet=unet, scheduler=DDPMScheduler()).save_pretrained(tmp_path / "pipe")
+    monkeypatch.chdir(tmp_path)
+    example("lgs_ddpm").pretrained(str(tmp_path / "pipe"), num_inference_steps=3)
+    assert len(list(tmp_path.glob("full_covariance_*.png"))) == 16
