@@ -57,8 +57,9 @@ class LanczosSettings:
         num_lanczos_steps: m, the most Jacobian products a step may take. 3 is the published setting; 2 already keeps
             the O(1/T^2) path KL.
         tol: None takes m products at every step. A number makes m adaptive: each sample stops once the a-posteriori
-            estimate of its relative error is below ``tol``, and a step costs what its hardest sample needs. 1e-2 halves
-            the products of 25 steps on image spectra.
+            estimate of its relative error is below ``tol``, and a step costs what its hardest sample needs. m is 0
+            where the floor alone is that close, which ``max_variance`` tells for free. 1e-2 halves the products
+            of 25 steps on image spectra.
         amortize: 0 is off. l > 0 adds one degree to every draw without a product: m products give m + 1 basis vectors,
             and the missing last diagonal entry is the one before it times their ratio at the last step that measured
             it. Every l-th step takes the extra product and measures the ratio, and so does the last noisy step, whose
@@ -123,13 +124,20 @@ class LanczosCovariance:
     def steps_at(self, point: ReversePoint) -> int:
         """The most products that this step may take."""
         settings, bridge = self.settings, point.bridge
-        if bridge.alpha_t == 0 or bridge.is_last:
+        if bridge.alpha_t == 0 or bridge.is_last or self._is_floor_enough(bridge):
             return 0
         if self._is_isotropic(bridge):
             return min(1, settings.num_lanczos_steps)
         if settings.tol is not None and point.ends_at_first_noise:
             return min(settings.end_steps, settings.num_lanczos_steps)
         return settings.num_lanczos_steps
+
+    def _is_floor_enough(self, bridge: Bridge) -> bool:
+        """Whether the floor is within ``tol`` already: sqrt(1 + e) - 1 < e / 2 for the largest mean eigenvalue."""
+        tol, largest = self.settings.tol, self.settings.max_variance
+        if tol is None or largest is None:
+            return False
+        return bridge.x_0_weight**2 * largest <= 2 * tol * bridge.variance
 
     def _is_isotropic(self, bridge: Bridge) -> bool:
         return (bridge.alpha_t / bridge.sigma_t) ** 2 < self.settings.isotropic_below_snr

@@ -30,14 +30,14 @@ class _LanczosStepping:
     default_generator: Generators = None
     _memory: Any = None
     _costs: Sequence[StepCost] = ()
-    _listed: tuple[Tensor, list[float]] | None = None
+    _listed: tuple[Tensor, list[int] | list[float]] | None = None
 
     def _start_chain(self) -> None:
         self._memory, self._costs = None, ()
         if self.network_calls is not None:
             self.network_calls.clear()
 
-    def _numbers(self, grid: Tensor) -> list[float]:
+    def _numbers(self, grid: Tensor) -> list[int] | list[float]:
         """The grid as a list, read once: on an accelerator every reading waits for all work before it."""
         if self._listed is None or self._listed[0] is not grid:
             self._listed = grid, grid.tolist()
@@ -126,6 +126,8 @@ class LanczosDDPMScheduler(_LanczosStepping, DDPMScheduler):
         lanczos_tol: relative error at which m stops growing; None for a fixed m.
         lanczos_amortize: see ``LanczosSettings.amortize``.
         end_noise_limit: see ``LanczosSettings.end_noise_limit``.
+        eta: noise level of the DDIM family, 1 being DDPM's own. The full covariance belongs at 1: at 0 nothing but C is
+            left of the step's covariance, which is badly conditioned.
 
     ``variance_type`` is kept for the config's sake and not used: the covariance comes from the model's Jacobian. With
     ``clip_sample`` the mean is clipped, never the function that is differentiated. Three things differ from the parent
@@ -155,6 +157,7 @@ class LanczosDDPMScheduler(_LanczosStepping, DDPMScheduler):
         lanczos_tol: float | None = None,
         lanczos_amortize: int = 0,
         end_noise_limit: float | None = None,
+        eta: float = 1.0,
     ) -> None:
         super().__init__(
             num_train_timesteps=num_train_timesteps,
@@ -237,7 +240,7 @@ class LanczosDDPMScheduler(_LanczosStepping, DDPMScheduler):
         prev_sample, x_0 = self._reverse(
             model_output,
             sample,
-            self.path.bridge(t, s),
+            self.path.bridge(t, s, eta=cast(Any, self.config).eta),
             self.settings,
             self._prediction_type,
             generator,
