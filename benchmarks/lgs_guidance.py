@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="of the digits; the mixture runs on the CPU")
     parser.add_argument("--steps", type=int, nargs="+", default=[10, 25, 50])
     parser.add_argument("--scales", type=float, nargs="+", default=[1.0, 2.0, 5.0])
-    parser.add_argument("--samples", type=int, default=10_000, help="on the mixture; a tenth of it on the digits")
+    parser.add_argument("--samples", type=int, default=4000, help="on the mixture; a tenth of it on the digits")
     parser.add_argument("--limit-steps", type=int, default=400)
     parser.add_argument("--classifier-steps", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
