@@ -181,10 +181,17 @@ def standard_normal(
     Args:
         like: gives shape, dtype and the device of the result.
         generator: one for all, one per sample, or None for torch's own.
+
+    Raises:
+        ValueError: for a list of another length.
     """
     from diffusers.utils.torch_utils import randn_tensor
 
     many = list(generator) if isinstance(generator, Sequence) else generator
+    if isinstance(many, list) and len(many) != len(like):
+        raise ValueError(
+            f"got a list of {len(many)} generators for a batch of {len(like)}; pass one, or one per sample"
+        )
     return randn_tensor(like.shape, generator=many, device=like.device, dtype=like.dtype)
 
 

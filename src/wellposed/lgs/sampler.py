@@ -194,7 +194,7 @@ class LanczosCovariance:
     def _limited(self, noise: Tensor) -> Tensor:
         assert self.settings.end_noise_limit is not None and self.settings.max_variance is not None
         limit = self.settings.end_noise_limit * (2 / 255) * math.sqrt(math.pi / 2 * self.settings.max_variance)
-        rms = noise.flatten(1).float().square().mean(dim=1).sqrt()
+        rms = noise.flatten(1).square().mean(dim=1).sqrt()
         return noise * (limit / rms).clamp(max=1).to(noise.dtype).reshape(-1, *[1] * (noise.ndim - 1))
 
     def multiply(self, v: Float[Tensor, "batch *shape"], point: ReversePoint) -> Float[Tensor, "batch *shape"]:
