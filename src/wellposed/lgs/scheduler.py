@@ -345,7 +345,7 @@ class LanczosFlowMatchScheduler(_LanczosStepping, FlowMatchEulerDiscreteSchedule
     def step(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         model_output: Tensor,
-        timestep: float | Tensor,
+        timestep: int | float | Tensor,
         sample: Tensor,
         s_churn: float = 0.0,
         s_tmin: float = 0.0,
