@@ -201,14 +201,18 @@ def test_a_second_signal_stops_on_the_spot_and_an_echo_does_not(toy, tmp_path, m
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
 
 
-@pytest.mark.parametrize("where", ["loss", "gradient"])
+@pytest.mark.parametrize("where", ["both", "loss", "gradient"])
 def test_what_is_not_finite_stops_before_the_update(toy, tmp_path, where):
     def objective(models, batch, context):
         loss, metrics = toy.denoise(models, batch, context)
         if context.step == 3:
-            weight = models[context.player][0].weight
-            # sqrt has an infinite slope at 0: the loss is finite, its gradient is not.
-            loss = loss * float("inf") if where == "loss" else loss + (weight * 0).abs().sqrt().sum()
+            match where:
+                case "both":
+                    loss = loss * float("nan")
+                case "loss":
+                    loss = loss + float("inf")
+                case "gradient":  # the slope of the square root at 0
+                    loss = loss + (models[context.player][0].weight * 0).abs().sqrt().sum()
         return loss, metrics
 
     bad, good = toy.player(objective=objective, ema_decay=0.9), toy.player(ema_decay=0.9)

@@ -88,6 +88,20 @@ def test_a_continuous_path_calls_with_scaled_time():
         assert 0.95 * scale < model.timestep.max() <= scale
 
 
+def test_time_zero_is_never_drawn():
+    """There the signal is clean, and an epsilon model would be asked for noise that is not there."""
+
+    class Lowest(StepContext):
+        def uniform(self, *, stratified=False):
+            return torch.zeros(len(self.rows), dtype=torch.float64)
+
+    lowest = Lowest(**{field: getattr(context(8), field) for field in StepContext.__dataclass_fields__})
+    for path, timestep in ((PATHS["flow"], 1000), (PATHS["vp"], 0)):
+        model = Recorder(lambda x, t: x)
+        denoising_objective(path)({"net": model}, ImageBatch(images=torch.zeros(8, 1, 2, 2)), lowest)
+        assert model.timestep.tolist() == [timestep] * 8
+
+
 def test_labels_reach_the_model_and_a_learned_variance_is_ignored():
     model = Recorder(lambda x, t: x, channels=2)
     labels = torch.arange(8)
