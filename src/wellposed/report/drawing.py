@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, SupportsFloat
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -14,7 +14,7 @@ from matplotlib.transforms import Affine2D
 from numpy.typing import NDArray
 
 from wellposed.report.pictures import INK, PAPER
-from wellposed.report.series import Number, Panel, Reference, Series, as_floats, decay_factor, fitted_slope
+from wellposed.report.series import Panel, Reference, Series, as_floats, decay_factor, fitted_slope
 from wellposed.report.styles import MethodStyle, method_style
 
 __all__ = ["SETTINGS", "draw_panels", "tick_label"]
@@ -199,11 +199,12 @@ def _set_log_ticks(axis: Any) -> None:
     axis.set_minor_locator(NullLocator())
 
 
-def tick_label(value: Number, position: int | None = None) -> str:
+def tick_label(value: SupportsFloat, position: int | None = None) -> str:
     """Plain digits where they are short, else a power of ten with Unicode superscripts.
 
     ``position`` is what matplotlib hands to a formatter, and unused.
     """
+    value = float(value)
     if value == 0 or 1e-2 <= abs(value) < 1e5:
         return f"{value:g}".replace("-", "−")
     mantissa, exponent = f"{value:e}".split("e")

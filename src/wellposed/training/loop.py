@@ -2,13 +2,11 @@
 
 import logging
 import time
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-
-import torch
 
 from wellposed.training.averages import WeightAverage
 from wellposed.training.checkpoint import CheckpointStore, Progress
@@ -95,7 +93,6 @@ def train(
     with ExitStack() as stack:
         workers = stack.enter_context(worker_group(config.device))
         samples_per_share(data.batch_size, config, workers.world_size)  # or a clear error
-        stack.enter_context(_random_state_kept(workers.device))
         run = Run(chosen, config, workers)
         store = CheckpointStore(folder / "checkpoints", workers, config.keep_last)
         fingerprint = dict(data.fingerprint())  # once: it may read the whole set
@@ -130,12 +127,6 @@ def train(
                     raise TrainingInterrupted(run.step, checkpoint)
     assert checkpoint is not None  # the last step is always saved
     return TrainingResult(step=run.step, checkpoint=checkpoint, metrics=run.metrics, averages=run.averages)
-
-
-@contextmanager
-def _random_state_kept(device: torch.device) -> Generator[None]:
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        yield
 
 
 def _save(run: Run, store: CheckpointStore, fingerprint: dict[str, int | str]) -> Path:

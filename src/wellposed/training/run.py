@@ -173,8 +173,9 @@ class Run:
     def _backward(self, live: LivePlayer, batch: Any, context: StepContext, shares: int) -> dict[str, Tensor]:
         """Add a share's part of the gradient of the mean loss; returns its part of the mean metrics."""
         name, device = context.player, context.device
-        _seed_layers(derived_seed(context.seed, name, context.step, "layers", context.rows.start), device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+        seed = derived_seed(context.seed, name, context.step, "layers", context.rows.start)
+        autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
+        with _seeded_layers(seed, device), autocast:
             loss, metrics = live.player.objective(self.models, to_device(batch, device), context)
         if loss.ndim:
             raise ValueError(
@@ -228,7 +229,11 @@ def _compile(model: nn.Module) -> None:
         model.compile()
 
 
-def _seed_layers(seed: int, device: torch.device) -> None:
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        torch.cuda.manual_seed(seed)
+@contextmanager
+def _seeded_layers(seed: int, device: torch.device) -> Generator[None]:
+    """Layers such as dropout draw from torch's global generators, which are as before afterwards."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+        yield
