@@ -41,7 +41,7 @@ does not fit one of them. The engine is PyTorch's own (FSDP2, distributed checkp
 from wellposed.training.averages import WeightAverage
 from wellposed.training.checkpoint import CheckpointError
 from wellposed.training.config import TrainingConfig
-from wellposed.training.context import StepContext
+from wellposed.training.context import StepContext, derived_seed
 from wellposed.training.data_plan import IndexedDataset, PlannedBatches, Prefetched, TrainingData
 from wellposed.training.describe import describe
 from wellposed.training.export import ExportPretrained, export_pretrained, replaced_folder
@@ -73,6 +73,7 @@ __all__ = [
     "TrainingResult",
     "WeightAverage",
     "denoising_objective",
+    "derived_seed",
     "describe",
     "export_pretrained",
     "replaced_folder",
