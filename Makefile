@@ -28,7 +28,9 @@ export UV_LINK_MODE := copy
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
+# Threads that spin while they wait make a machine that others use too many times slower.
 demo: export OMP_NUM_THREADS ?= 2
+demo: export OMP_WAIT_POLICY ?= PASSIVE
 demo: $(STAMP) ## train, sample, measure, and write a page to runs/demo (minutes on a CPU; a second run reuses the first)
 	$(BIN)/wellposed demo --out $(OUT) $(ARGS)
 

@@ -246,7 +246,7 @@ def _guided(guidance: Mapping[str, Any]) -> Section:
 
 def _published(network: Mapping[str, Any], settings: DemoSettings) -> Section:
     at = {(row["name"], row["steps"]): row["frechet"][0] for row in network["outcomes"]}
-    few, many = (min(settings.step_counts, key=lambda count, aim=aim: abs(count - aim)) for aim in (25, 50))
+    few, many = settings.step_counts[1], settings.step_counts[-1]
     table = Table(
         columns=(
             "method",

@@ -23,10 +23,10 @@ class DemoSettings:
         classifier_steps: training steps of the classifier of noised digits.
     """
 
-    training_steps: int = 1200
-    head_steps: int = 200
-    step_counts: tuple[int, ...] = (5, 10, 20, 40)
-    num_samples: int = 400
+    training_steps: int = 1000
+    head_steps: int = 150
+    step_counts: tuple[int, ...] = (4, 8, 16, 32)
+    num_samples: int = 360
     path_kl_steps: tuple[int, ...] = (4, 8, 16, 32, 64, 128, 256)
     max_products: int = 6
     guidance_steps: tuple[int, ...] = (10, 25)
