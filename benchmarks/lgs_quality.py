@@ -5,7 +5,7 @@ amortised form (l = 2) keeps the advantage over OCM at OCM's wall-clock. The pub
 readings are run: ``lgs_amortized`` (m = 1 plus an extrapolated coefficient, re-measured every second step) and
 ``lgs_shared`` (two consecutive steps share one linearisation).
 
-    python benchmarks/lgs_quality.py --run runs/lgs_tiny                     # the library's own digits
+    python benchmarks/lgs_quality.py                                         # the library's own digits
     python benchmarks/lgs_quality.py --data FOLDER --device cuda             # a pretrained MNIST U-Net and its data
 
 FOLDER holds ``loaders.py`` with functional networks, ``mnist/`` and ``mnist_ddpm_unet/``.
@@ -34,6 +34,7 @@ from wellposed.evaluation.frechet import feature_statistics, frechet_floor
 from wellposed.lgs.sampler import LanczosSettings
 from wellposed.recipes.digit_features import digit_features
 from wellposed.recipes.draw import load_denoiser, resolved_device
+from wellposed.recipes.index import recipe_named
 from wellposed.recipes.lgs_comparison import (
     Contender,
     Outcome,
@@ -45,6 +46,7 @@ from wellposed.recipes.lgs_comparison import (
     lanczos_contender,
     train_head,
 )
+from wellposed.recipes.train import train_recipe
 from wellposed.report.record import write_result
 
 
@@ -65,6 +67,8 @@ class Bench:
 
 def own_run(run: Path, device: torch.device) -> Bench:
     """The digits of ``wellposed train lgs_tiny``."""
+    if not (run / "pipeline").is_dir():
+        train_recipe(recipe_named("lgs_tiny"), run, device=str(device), resume=run.exists())
     dataset = digits(8, split="train")
     return Bench(
         name="digits",
@@ -197,7 +201,7 @@ def contenders(bench: Bench, folder: Path, head_steps: int, seed: int) -> list[C
 def main() -> None:
     """Runs, prints, writes ``benchmarks/results``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, help="a run of lgs_tiny")
+    parser.add_argument("--run", type=Path, default=Path("runs/lgs_tiny"), help="a run of lgs_tiny; trained if missing")
     parser.add_argument("--data", type=Path, help="folder with the pretrained MNIST network")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--steps", type=int, nargs="+", default=[5, 10, 25, 50, 100])
@@ -207,11 +211,9 @@ def main() -> None:
     parser.add_argument("--head-steps", type=int, default=500)
     parser.add_argument("--heads", type=Path, default=Path("runs/heads"))
     chosen = parser.parse_args()
-    if (chosen.run is None) == (chosen.data is None):
-        parser.error("give --run or --data")
     started = datetime.now(UTC)
     device = resolved_device(chosen.device)
-    bench = own_run(chosen.run, device) if chosen.run is not None else pretrained_mnist(chosen.data, device)
+    bench = own_run(chosen.run, device) if chosen.data is None else pretrained_mnist(chosen.data, device)
     reference = feature_statistics(bench.scale(bench.images), bench.extractor)
     features = torch.cat(list(bench.extractor.batches(bench.scale(bench.images))))
     count = min(chosen.samples, len(features) // 2)

@@ -54,7 +54,7 @@ __all__ = ["GRID_COLUMNS", "SHOWN", "guidance_study", "lanczos_study", "network_
 SHOWN = ("beta_tilde", "beta", "analytic", "ocm", "lgs_1", "lgs_3", "ddim")
 """Contenders whose samples are shown."""
 
-GRID_COLUMNS = 5
+GRID_COLUMNS = 6
 
 
 def path_kl_study(stages: Stages, settings: DemoSettings) -> dict[str, Any]:
@@ -130,7 +130,7 @@ def network_study(stages: Stages, settings: DemoSettings, *, device: str) -> dic
         def keep(outcome: Outcome, first: Tensor) -> None:
             if outcome.name in SHOWN:
                 path = folder / f"{outcome.name}-{outcome.steps}.png"
-                save_image_grid(first[: GRID_COLUMNS**2], path, columns=GRID_COLUMNS)
+                save_image_grid(first[: 2 * GRID_COLUMNS], path, columns=GRID_COLUMNS)
             stages.announce(
                 f"  {outcome.name:>14}  T = {outcome.steps:<3}  Frechet distance {outcome.mean_frechet:8.2f}  "
                 f"{1000 * outcome.seconds:6.2f} ms an image"
@@ -191,7 +191,7 @@ def guidance_study(stages: Stages, settings: DemoSettings, *, device: str) -> di
             step_counts=settings.guidance_steps[:1],
             scales=settings.guidance_scales,
             lanczos_steps=(3, 1, 0),
-            forms=("shift",),
+            forms=("posterior", "shift"),
             num_samples=settings.guided_digits,
             seed=stages.seed,
         )

@@ -32,5 +32,5 @@ class DemoSettings:
     guidance_steps: tuple[int, ...] = (10, 25)
     guidance_scales: tuple[float, ...] = (1.0, 2.0, 5.0)
     guidance_samples: int = 1500
-    guided_digits: int = 200
+    guided_digits: int = 150
     classifier_steps: int = 500
