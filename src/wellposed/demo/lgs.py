@@ -70,8 +70,8 @@ def path_kl_study(stages: Stages, settings: DemoSettings) -> dict[str, Any]:
 
 
 def lanczos_study(stages: Stages, settings: DemoSettings) -> dict[str, Any]:
-    """Error of the Lanczos draw and path KL against m, on a Gaussian with an image's spectrum at T = 25."""
-    steps = 25
+    """Error of the Lanczos draw and path KL against m, on a Gaussian with an image's spectrum at T = 10."""
+    steps = 10
 
     def compute(folder: Path) -> dict[str, Any]:
         path = from_scheduler(DDPMScheduler())
@@ -80,7 +80,7 @@ def lanczos_study(stages: Stages, settings: DemoSettings) -> dict[str, Any]:
         condition = torch.empty(0)
         for m in range(settings.max_products + 1):
             chain = lanczos_path_kl(
-                stationary_image_spectrum(16),
+                stationary_image_spectrum(),
                 path,
                 times,
                 LanczosSettings(num_lanczos_steps=m, isotropic_below_snr=0.0, max_variance=None),

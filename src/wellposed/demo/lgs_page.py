@@ -197,7 +197,7 @@ def _depth(lanczos: Mapping[str, Any]) -> Section:
         references=[Reference(label="3^-m", y=[start * 3.0**-k for k in m], x=m)],
     )
     kl = lines(
-        [Series(x=m, y=lanczos["path_kl"], method="lgs", label="path KL of 25 steps")],
+        [Series(x=m, y=lanczos["path_kl"], method="lgs", label="path KL of 10 steps")],
         "Lanczos steps m",
         "path KL (nats)",
         title="A whole chain",
@@ -231,13 +231,14 @@ def _guided(guidance: Mapping[str, Any]) -> Section:
         rows=tuple(
             (row["variant"], row["steps"], row["scale"], tuple(row["distance"]), row["agreement"])
             for row in guidance["mixture"]
+            if row["scale"] == 1
         ),
         caption=(
             "The mixture with its exact classifier p(y | x_t): whatever distance remains is the sampler's. 0 within "
             f"its error is exact; the law itself has p(y | x) = {guidance['exact_agreement']:.3f}. *posterior*: the "
             "classifier is part of the denoiser, so that its Hessian is part of the covariance; *shift*: the mean "
-            "moves by Sigma times the classifier's gradient. At scales above 1 no sampler aims at the conditional "
-            "law."
+            "moves by Sigma times the classifier's gradient. Only at scale 1 does a sampler aim at "
+            "this law."
         ),
     )
     images = Table(
