@@ -18,6 +18,7 @@ and can be trained on any denoiser without opening it.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -50,7 +51,7 @@ HeadKind = Literal["npr", "sn", "ocm"]
 
 
 @dataclass(frozen=True)
-class _Diagonal:
+class _Diagonal(ABC):
     """Draws with a diagonal covariance; a subclass says the step's variance."""
 
     @property
@@ -58,9 +59,9 @@ class _Diagonal:
         """Never."""
         return False
 
+    @abstractmethod
     def variance(self, point: ReversePoint) -> float | Tensor:
         """Of the step, one number or one per coordinate."""
-        raise NotImplementedError
 
     def draw(self, z: Float[Tensor, "batch *shape"], point: ReversePoint, memory: Any = None) -> CovarianceDraw:
         """sqrt(variance) z."""
@@ -109,9 +110,9 @@ class _Estimated(_Diagonal):
     max_variance: float = 1.0
     end_noise_limit: float | None = None
 
+    @abstractmethod
     def clean_variance(self, point: ReversePoint) -> float | Tensor:
         """The estimate c, before the clamp."""
-        raise NotImplementedError
 
     def variance(self, point: ReversePoint) -> float | Tensor:
         """variance + x_0_weight^2 clamp(c)."""

@@ -5,6 +5,7 @@ kernel ``q(x_s | x_t, x_0)`` with its one free variance, follows from them in fl
 """
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,16 +62,16 @@ class Bridge:
 
 
 @dataclass(frozen=True)
-class GaussianPath:
+class GaussianPath(ABC):
     """``x_t = alpha(t) x_0 + sigma(t) eps`` for t in [0, 1], t = 0 clean. Subclasses give ``alpha`` and ``sigma``."""
 
+    @abstractmethod
     def alpha(self, t: float | Tensor) -> Float[Tensor, "*times"]:
         """The signal scale, float64."""
-        raise NotImplementedError
 
+    @abstractmethod
     def sigma(self, t: float | Tensor) -> Float[Tensor, "*times"]:
         """The noise scale, float64."""
-        raise NotImplementedError
 
     @property
     def num_train_timesteps(self) -> int | None:
