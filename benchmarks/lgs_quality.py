@@ -161,7 +161,7 @@ def _module(path: Path) -> ModuleType:
 
 
 def contenders(bench: Bench, folder: Path, head_steps: int, seed: int) -> list[Contender]:
-    """All of them; heads are trained on the spot."""
+    """All of them; heads are trained on the spot, or left out if ``head_steps`` is 0."""
     denoiser, limits = bench.denoiser, {"clip": bench.clip, "max_variance": bench.max_variance}
     device = str(bench.images.device)
     heads = [
@@ -176,7 +176,7 @@ def contenders(bench: Bench, folder: Path, head_steps: int, seed: int) -> list[C
             seed=seed,
             device=device,
         )
-        for kind in ("npr", "sn", "ocm")
+        for kind in (("npr", "sn", "ocm") if head_steps > 0 else ())
     ]
 
     def lanczos(name: str, share: int = 1, **settings: Any) -> Contender:
