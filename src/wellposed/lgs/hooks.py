@@ -225,7 +225,7 @@ def _lanczos_scheduler(scheduler: Any, **config: Any) -> LanczosDDPMScheduler | 
         # A scheduler without the word does not clip, but DDPMScheduler's default does; latents leave [-1, 1].
         config.setdefault("clip_sample", False)
     converted = _from_config(LanczosDDPMScheduler, old, config)
-    before, after = scheduler.alphas_cumprod.cpu(), converted.alphas_cumprod
+    before, after = scheduler.alphas_cumprod.cpu().double(), converted.alphas_cumprod.double()
     # Some schedulers replace the very last value, 0 at zero terminal SNR, by a tiny one.
     if before.shape != after.shape or not torch.allclose(before[:-1], after[:-1], rtol=1e-3, atol=1e-6):
         raise ValueError(
@@ -241,5 +241,5 @@ def _from_config(kind: type[Any], old: Any, config: dict[str, Any]) -> Any:
     if unknown:
         raise ValueError(f"{kind.__name__} has no config {', '.join(unknown)}; see its docstring for those it has")
     # Said again, because diffusers forgets values that were the old class's defaults.
-    shared = {key: value for key, value in old.items() if key in known}
+    shared = {key: value for key, value in old.items() if key in known and value is not None}
     return kind.from_config(old, **{**shared, **config})

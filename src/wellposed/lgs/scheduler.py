@@ -331,15 +331,25 @@ class LanczosFlowMatchScheduler(_LanczosStepping, FlowMatchEulerDiscreteSchedule
         self.path = RectifiedFlow()
         self._start_chain()
 
-    def set_timesteps(self, num_inference_steps: int | None = None, *args: Any, **kwargs: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+    # Every parameter by its name: pipelines look at the signature before they hand on sigmas.
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: list[float] | np.ndarray | None = None,
+        mu: float | None = None,
+        timesteps: list[float] | np.ndarray | None = None,
+    ) -> None:
         """As the parent's; also starts a new chain.
 
         Raises:
             ValueError: for fewer than one step, or what the parent refuses.
         """
-        if num_inference_steps is not None and num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
-        super().set_timesteps(num_inference_steps, *args, **kwargs)  # pyright: ignore[reportArgumentType]
+        given = next((grid for grid in (sigmas, timesteps) if grid is not None), None)
+        count = num_inference_steps if given is None else len(given)
+        if count is None or count < 1:
+            raise ValueError(f"num_inference_steps must be at least 1, got {count}")
+        cast(Any, super()).set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
         self._start_chain()
 
     def step(  # pyright: ignore[reportIncompatibleMethodOverride]
