@@ -79,7 +79,7 @@ def write_remote_code(folder: str | Path) -> None:
     if not imports:
         raise ValueError(f"{folder} names no class of wellposed, or has its remote code already; leave it as it is")
     for file, class_name in imports.items():
-        file.write_text(f"from {PACKAGE} import {class_name}\n\n__all__ = [\"{class_name}\"]\n", encoding="utf-8")
+        file.write_text(f'from {PACKAGE} import {class_name}\n\n__all__ = ["{class_name}"]\n', encoding="utf-8")
     index_file.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
