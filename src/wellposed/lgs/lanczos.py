@@ -139,6 +139,7 @@ def small_matrix_function(
 
 def krylov_function(krylov: Krylov, coordinates: Float[Tensor, "batch steps"]) -> Float[Tensor, "batch *shape"]:
     """``||z|| V c``: from coordinates in the Krylov basis back to the vectors' own space."""
-    # The narrower type first: MPS has no float64.
-    weights = coordinates.to(krylov.vectors.dtype).to(krylov.vectors.device) * krylov.norm[:, None]
-    return torch.einsum("bk,bkd->bd", weights, krylov.vectors[:, : weights.shape[1]]).reshape(krylov.shape)
+    vectors = krylov.vectors
+    # The narrower type first: MPS has no float64. CUDA stages such a copy and need not be waited for.
+    weights = coordinates.to(vectors.dtype).to(vectors.device, non_blocking=vectors.is_cuda) * krylov.norm[:, None]
+    return torch.einsum("bk,bkd->bd", weights, vectors[:, : weights.shape[1]]).reshape(krylov.shape)
