@@ -86,3 +86,19 @@ def test_callback_sees_every_step_may_change_the_state_and_may_stop(pipe: Lanczo
 def test_misuse_is_named(pipe: LanczosDDPMPipeline, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         run(pipe, **options)
+
+
+def test_without_products_it_is_the_stock_pipeline_and_builds_no_graph(pipe: LanczosDDPMPipeline) -> None:
+    stock = DDPMPipeline(pipe.unet, DDPMScheduler(variance_type="fixed_small"))
+    stock.set_progress_bar_config(disable=True)
+    expected = run(stock).images
+    with_graph: list[bool] = []
+    pipe.unet.conv_out.register_forward_hook(lambda module, args, output: with_graph.append(output.requires_grad))
+    pipe.scheduler = LanczosDDPMScheduler.from_config(pipe.scheduler.config, num_lanczos_steps=0)
+    torch.testing.assert_close(run(pipe).images, expected, atol=1e-4, rtol=0)
+    assert with_graph == [False, False, False]
+    assert pipe.num_timesteps == 3 and not pipe.interrupt
+
+
+def test_properties_before_the_first_call(pipe: LanczosDDPMPipeline) -> None:
+    assert pipe.num_timesteps == 0 and not pipe.interrupt

@@ -177,6 +177,23 @@ def test_adaptive_chains_take_fewer_products_the_looser_the_tolerance() -> None:
     assert divergences[1] < gaussian_chain(spectrum, 25, LanczosSettings(num_lanczos_steps=3, **UNGUARDED))[0]
 
 
+def test_steps_too_small_for_the_covariance_to_matter_take_no_product() -> None:
+    spectrum = image_spectrum(16, (0.65, 0.07, 0.03))
+    guards: dict[str, Any] = {"isotropic_below_snr": 0.0, "end_steps": 8}
+
+    def chain(**settings: Any) -> tuple[float, list[int]]:
+        divergence, draws = gaussian_chain(spectrum, 50, LanczosSettings(num_lanczos_steps=8, **guards, **settings))
+        return divergence, [draw.cost.products for draw in draws]
+
+    bounded, products = chain(tol=1e-2, max_variance=1.0)
+    unbounded, all_products = chain(tol=1e-2, max_variance=None)
+    small = [PATH.bridge(t, s).snr_gain <= 2e-2 for t, s in pairwise(linear_times(50))]
+    assert [count == 0 for count in products] == small and any(small)
+    assert 0 not in all_products and sum(products) < 0.8 * sum(all_products)
+    assert bounded < 1.05 * unbounded
+    assert 0 not in chain(tol=None, max_variance=1.0)[1]
+
+
 def test_an_isotropic_covariance_converges_at_once() -> None:
     z = normal(3, 30)
     settings = LanczosSettings(num_lanczos_steps=8, tol=1e-10, **UNGUARDED)

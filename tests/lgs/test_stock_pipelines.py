@@ -1,7 +1,9 @@
 """Pipelines as diffusers has them, with tiny real parts: the product that the scheduler uses is the guided Jacobian."""
 
 import functools
+import gc
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -474,6 +476,31 @@ def test_an_offloaded_pipeline_can_be_called_again_and_again(tiny: SimpleNamespa
     assert torch.equal(pipe(**options, generator=torch.Generator().manual_seed(0))[0], stock)
     remove_hook_from_module(pipe.unet, recurse=True)
     assert torch.equal(pipe(**options, generator=torch.Generator().manual_seed(0))[0], stock)
+
+
+def test_one_graph_at_a_time(tiny: SimpleNamespace) -> None:
+    pipe = stable_diffusion(tiny)
+    alive: list[weakref.ref[Tensor]] = []
+    at_once: list[int] = []
+
+    def count(module: nn.Module, args: Any, output: Tensor) -> None:
+        gc.collect()
+        at_once.append(sum(ref() is not None for ref in alive))
+        alive.append(weakref.ref(output))
+
+    pipe.unet.conv_in.register_forward_hook(count)
+    with full_covariance(pipe, num_lanczos_steps=2):
+        pipe(
+            prompt_embeds=normal(1, 5, 16, seed=2),
+            negative_prompt_embeds=normal(1, 5, 16, seed=3),
+            num_inference_steps=4,
+            output_type="latent",
+            height=8,
+            width=8,
+        )
+        gc.collect()
+        assert sum(ref() is not None for ref in alive) == 0
+    assert at_once == [0, 0, 0, 0]
 
 
 def test_a_wrapper_put_on_within_the_block_does_no_harm_afterwards(tiny: SimpleNamespace) -> None:
