@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-__all__ = ["ImageBatch"]
+__all__ = ["ImageBatch", "TextBatch"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,3 +19,19 @@ class ImageBatch:
 
     images: Float[Tensor, "batch channels height width"]
     labels: Int[Tensor, " batch"] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextBatch:
+    """Sequences of tokens of one length.
+
+    Attributes:
+        tokens: token ids.
+        given: True where a token is known beforehand and is never corrupted (a prompt, the clues of a puzzle); None for
+            nowhere.
+        valid: False on padding; None if there is none.
+    """
+
+    tokens: Int[Tensor, "batch length"]
+    given: Bool[Tensor, "batch length"] | None = None
+    valid: Bool[Tensor, "batch length"] | None = None
