@@ -1,7 +1,5 @@
 import math
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -10,14 +8,12 @@ from torch import Tensor
 
 from wellposed.data.bundled import digits
 from wellposed.evaluation.features import FeatureExtractor, SmallConvNet
-from wellposed.lgs.covariance import posterior_covariance_product
 from wellposed.lgs.jacobian import linearize
 from wellposed.lgs.path_kl import anisotropic_mixture
 from wellposed.lgs.reverse import ReversePoint
-from wellposed.oracles import FiniteDataOracle, GaussianMixtureOracle
-from wellposed.paths import PredictionType, RectifiedFlow, convert_prediction, from_scheduler
+from wellposed.oracles import FiniteDataOracle
+from wellposed.paths import RectifiedFlow, from_scheduler
 from wellposed.recipes.lgs_guidance import (
-    ClassifierGuidance,
     GuidedMixture,
     GuidedVariant,
     ShapedCovariance,
@@ -27,64 +23,10 @@ from wellposed.recipes.lgs_guidance import (
 )
 
 PATH = from_scheduler(DDPMScheduler())
-CLASS = [0, 2]
-TIMES = (0.02, 0.2, 0.5, 0.9)
-
-
-@dataclass(frozen=True)
-class Converted:
-    """The oracle as a network that predicts something else than the clean sample."""
-
-    oracle: GaussianMixtureOracle
-    prediction_type: PredictionType
-    path: Any = PATH
-
-    def predict(self, x_t: Tensor, t: float, **cond: Any) -> Tensor:
-        alpha, sigma = float(self.path.alpha(t)), float(self.path.sigma(t))
-        mean = self.oracle(x_t, t)
-        return convert_prediction(mean, x_t, source="sample", target=self.prediction_type, alpha=alpha, sigma=sigma)
-
-    __call__ = predict
-
-
-def class_log_prob(x_t: Tensor, t: float) -> Tensor:
-    return torch.logsumexp(anisotropic_mixture(PATH).component_log_prob(x_t, t)[:, CLASS], dim=-1)
 
 
 def states(count: int = 5) -> Tensor:
     return torch.randn(count, 2, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-
-
-@pytest.mark.parametrize("prediction_type", ["sample", "epsilon", "v_prediction", "flow_prediction"])
-@pytest.mark.parametrize("t", TIMES)
-def test_a_guided_denoiser_is_the_conditional_posterior_mean(prediction_type: PredictionType, t: float) -> None:
-    oracle = anisotropic_mixture(PATH)
-    guided = ClassifierGuidance(denoiser=Converted(oracle, prediction_type), log_prob=class_log_prob)
-    expected = oracle.restricted_to(CLASS)(states(), t)
-    assert torch.allclose(guided(states(), t), expected, atol=1e-9, rtol=0)
-
-
-@pytest.mark.parametrize("t", TIMES)
-def test_its_jacobian_is_the_conditional_covariance(t: float) -> None:
-    oracle = anisotropic_mixture(PATH)
-    guided = ClassifierGuidance(denoiser=Converted(oracle, "epsilon"), log_prob=class_log_prob)
-    with torch.no_grad():
-        linear = linearize(lambda x: guided.predict(x, t), states())
-    product = posterior_covariance_product(
-        linear.product, alpha=float(PATH.alpha(t)), sigma=float(PATH.sigma(t)), prediction_type="epsilon"
-    )
-    unit = torch.eye(2, dtype=torch.float64)
-    dense = torch.stack([product(unit[i].expand(5, 2)) for i in range(2)], dim=-1)
-    assert torch.allclose(dense, oracle.restricted_to(CLASS).posterior_covariance(states(), t), atol=1e-8, rtol=0)
-    # The classifier's curvature: without it this would be the covariance given x_t alone.
-    if t > 0.1:
-        assert not torch.allclose(dense, oracle.posterior_covariance(states(), t), atol=1e-3, rtol=0)
-
-
-def test_scale_zero_is_no_guidance() -> None:
-    oracle = anisotropic_mixture(PATH)
-    guided = ClassifierGuidance(denoiser=Converted(oracle, "epsilon"), log_prob=class_log_prob, scale=0.0)
-    assert torch.allclose(guided(states(), 0.3), oracle(states(), 0.3), atol=1e-12)
 
 
 @pytest.mark.parametrize("shape", ["diagonal", "isotropic"])

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from wellposed.batches import ImageBatch
 from wellposed.data.bundled import digits
-from wellposed.denoisers import Denoiser, posterior_mean
+from wellposed.denoisers import ClassifierGuidance, Denoiser
 from wellposed.evaluation.agreement import class_agreement
 from wellposed.evaluation.distribution_distance import energy_distance
 from wellposed.evaluation.features import FeatureExtractor, SmallConvNet, unit_images
@@ -36,14 +36,13 @@ from wellposed.lgs.baselines import FixedSmall
 from wellposed.lgs.path_kl import anisotropic_mixture
 from wellposed.lgs.reverse import CovarianceDraw, ReverseCovariance, ReversePoint, StepCost
 from wellposed.lgs.sampler import LanczosCovariance, LanczosSettings, sample
-from wellposed.paths import GaussianPath, PredictionType, from_scheduler, prediction_coefficients
+from wellposed.paths import GaussianPath, from_scheduler
 from wellposed.recipes.draw import linear_trajectory
 from wellposed.training import PlannedBatches, Player, StepContext, TrainingConfig, train
 from wellposed.training.context import derived_seed
 
 __all__ = [
     "MIXTURE_VARIANTS",
-    "ClassifierGuidance",
     "CovarianceShape",
     "GuidanceForm",
     "GuidedDigits",
@@ -62,47 +61,6 @@ CovarianceShape = Literal["full", "diagonal", "isotropic", "beta_tilde"]
 LogProb = Callable[[Tensor, float], Tensor]
 
 NUM_TRAIN_TIMESTEPS = 1000
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class ClassifierGuidance:
-    r"""A denoiser and a classifier as one denoiser: ``E[x_0 | x_t] + scale (sigma^2 / alpha) grad log p(y | x_t)``.
-
-    Bayes' rule on scores (2011.13456, section 5; 2105.05233, algorithm 2). Sampled as one denoiser, its Jacobian, and
-    with it the reverse covariance, contains the classifier's Hessian. ``log_prob`` maps (x_t, t) to one log p(y | x_t)
-    per sample, and is differentiated twice.
-    """
-
-    denoiser: Denoiser
-    log_prob: LogProb
-    scale: float = 1.0
-
-    @property
-    def path(self) -> GaussianPath:
-        """That of the wrapped denoiser."""
-        return self.denoiser.path
-
-    @property
-    def prediction_type(self) -> PredictionType:
-        """That of the wrapped denoiser."""
-        return self.denoiser.prediction_type
-
-    def predict(
-        self, x_t: Float[Tensor, "batch *shape"], t: float | Tensor, **cond: Any
-    ) -> Float[Tensor, "batch *shape"]:
-        """The guided raw prediction, at one time for the whole batch."""
-        moment = float(t)
-        alpha, sigma = float(self.path.alpha(moment)), float(self.path.sigma(moment))
-        # The noise moves by -scale sigma grad, which stays finite where the shift of x_0 does not (alpha -> 0).
-        _, weight = prediction_coefficients("epsilon", self.prediction_type, alpha, sigma)
-        gradient = torch.func.grad(lambda x: self.log_prob(x, moment).sum())(x_t)
-        return self.denoiser.predict(x_t, t, **cond) - weight * self.scale * sigma * gradient
-
-    def __call__(
-        self, x_t: Float[Tensor, "batch *shape"], t: float | Tensor, **cond: Any
-    ) -> Float[Tensor, "batch *shape"]:
-        """The guided posterior mean."""
-        return posterior_mean(self.predict(x_t, t, **cond), x_t, t, self.path, self.prediction_type)
 
 
 @dataclass(frozen=True)
