@@ -16,7 +16,7 @@ from torch import Tensor
 
 from wellposed.paths import GaussianPath, PredictionType
 
-__all__ = ["FiniteDataOracle", "GaussianMixtureOracle", "gaussian_oracle"]
+__all__ = ["FiniteDataOracle", "GaussianMixtureOracle", "TokenOracle", "gaussian_oracle"]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -167,3 +167,72 @@ class FiniteDataOracle:
     def sample(self, count: int, *, generator: torch.Generator) -> Float[Tensor, "count *shape"]:
         """Points drawn with replacement."""
         return self.points[torch.randint(len(self.points), (count,), generator=generator)]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class TokenOracle:
+    r"""Sequences of tokens from a finite list, by enumeration: the exact posteriors of discrete diffusion.
+
+    With ``l_i(k)`` the likelihood of what is seen at position i if its clean token is k, sequence z has posterior weight
+    proportional to ``w_z prod_i l_i(z_i)``; leaving position i out of the product gives the leave-one-out posterior
+    there. How tokens fade is the kernel's matter, which gives the likelihoods.
+
+    Attributes:
+        sequences: the possible clean sequences.
+        weights: their probabilities.
+        vocab_size: K.
+    """
+
+    sequences: Int[Tensor, "states length"]
+    weights: Float[Tensor, " states"]
+    vocab_size: int
+
+    def __post_init__(self) -> None:
+        if not bool((self.weights >= 0).all()) or abs(float(self.weights.sum()) - 1) > 1e-9:
+            raise ValueError("weights must be probabilities that sum to one")
+        lowest, highest = int(self.sequences.min()), int(self.sequences.max())
+        if lowest < 0 or highest >= self.vocab_size:
+            raise ValueError(f"tokens must lie in [0, {self.vocab_size}), got {lowest} to {highest}")
+
+    @classmethod
+    def from_table(cls, table: Float[Tensor, "*vocab"]) -> "TokenOracle":
+        """The law ``p(x_1, ..., x_L) = table[x_1, ..., x_L]`` over all K^L sequences."""
+        axes = [torch.arange(size) for size in table.shape]
+        return cls(
+            sequences=torch.cartesian_prod(*axes).view(-1, table.ndim),
+            weights=table.flatten(),
+            vocab_size=table.shape[0],
+        )
+
+    def _log_likelihoods(self, likelihood: Float[Tensor, "batch length vocab"]) -> Float[Tensor, "batch states length"]:
+        index = self.sequences.T.expand(len(likelihood), -1, -1)
+        return likelihood.log().gather(-1, index).transpose(1, 2)
+
+    def log_prob(self, likelihood: Float[Tensor, "batch length vocab"]) -> Float[Tensor, " batch"]:
+        """log of the probability of what is seen, up to what the likelihoods leave out."""
+        return (self._log_likelihoods(likelihood).sum(-1) + self.weights.log()).logsumexp(-1)
+
+    def posterior(
+        self, likelihood: Float[Tensor, "batch length vocab"], *, leave_one_out: bool
+    ) -> Float[Tensor, "batch length vocab"]:
+        """p(x_0 = k at i | all positions), or | all positions but i."""
+        each = self._log_likelihoods(likelihood)
+        if leave_one_out:
+            # From both sides instead of total minus own, which is inf - inf where a position is certain.
+            empty = torch.zeros_like(each[..., :1])
+            before = torch.cat([empty, each[..., :-1].cumsum(-1)], -1)
+            after = torch.cat([each[..., 1:].flip(-1).cumsum(-1).flip(-1), empty], -1)
+            log_weight = before + after
+        else:
+            log_weight = each.sum(-1, keepdim=True).expand(each.shape)
+        weight = (log_weight + self.weights.log()[:, None]).softmax(1)
+        index = self.sequences.T.expand(len(likelihood), -1, -1)
+        return torch.zeros_like(likelihood).scatter_add(-1, index, weight.transpose(1, 2))
+
+    def entropy(self) -> float:
+        """H(x_0) in nats."""
+        return float(-torch.special.xlogy(self.weights, self.weights).sum())
+
+    def sample(self, count: int, *, generator: torch.Generator) -> Int[Tensor, "count length"]:
+        """Clean sequences."""
+        return self.sequences[torch.multinomial(self.weights, count, replacement=True, generator=generator)]
