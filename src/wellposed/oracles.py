@@ -173,9 +173,9 @@ class FiniteDataOracle:
 class TokenOracle:
     r"""Sequences of tokens from a finite list, by enumeration: the exact posteriors of discrete diffusion.
 
-    With ``l_i(k)`` the likelihood of what is seen at position i if its clean token is k, sequence z has posterior weight
-    proportional to ``w_z prod_i l_i(z_i)``; leaving position i out of the product gives the leave-one-out posterior
-    there. How tokens fade is the kernel's matter, which gives the likelihoods.
+    With ``l_i(k)`` the likelihood of what is seen at position i if its clean token is k, sequence z has a posterior
+    weight proportional to ``w_z prod_i l_i(z_i)``; leaving position i out of the product gives the leave-one-out
+    posterior there. How tokens fade is the kernel's matter, which gives the likelihoods.
 
     Attributes:
         sequences: the possible clean sequences.

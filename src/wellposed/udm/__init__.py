@@ -1,8 +1,8 @@
 """udm: uniform diffusion with the leave-one-out posterior (arXiv 2605.22765).
 
 Read in this order: ``prediction`` (denoiser, leave-one-out posterior, score: one object), ``kernels`` (how tokens fade
-and come back), ``models`` (who predicts), ``nelbo`` and ``objectives`` (training), ``steps`` and ``sampler`` (the chain),
-``corrector`` and ``remasking`` (revision), ``grids``, ``likelihood``, then the shells ``transformer``, ``scheduler``,
+and come back), ``models`` (who predicts), ``nelbo`` and ``objectives`` (training), ``steps`` and ``sampler`` (the
+chain), ``corrector`` and ``remasking`` (revision), ``grids``, ``likelihood``, then the shells ``transformer``, ``scheduler``,
 ``pipeline`` and ``checkpoints``.
 """
 

@@ -39,7 +39,7 @@ class LikelihoodBound:
 
     @property
     def total(self) -> float:
-        """The integral over [0, 1] with the prior term, a true bound; ``diffusion`` alone where those were not asked for."""
+        """The integral over [0, 1] and the prior term, a true bound; ``diffusion`` where those were not asked for."""
         if self.prior is None or self.slab is None:
             return self.diffusion
         return (1 - T_MIN) * self.diffusion + self.prior + self.slab
@@ -79,7 +79,7 @@ def likelihood_bound(
         generator: of times and noise.
         schedule: alpha(t); ``Linear(1e-3)`` by default.
         times_per_sequence: corruptions of each sequence.
-        complete: whether to measure the remaining terms; only for kernels with uniform noise, where the prior is finite.
+        complete: whether to measure the remaining terms; for uniform noise only, where the prior term is finite.
 
     Raises:
         ValueError: no sequences, or ``complete`` for a masked kernel: a prior of masks alone gives no mass to a token
