@@ -2,8 +2,8 @@
 
 Read in this order: ``prediction`` (denoiser, leave-one-out posterior, score: one object), ``kernels`` (how tokens fade
 and come back), ``models`` (who predicts), ``nelbo`` and ``objectives`` (training), ``steps`` and ``sampler`` (the
-chain), ``corrector`` and ``remasking`` (revision), ``grids``, ``likelihood``, then the shells ``transformer``, ``scheduler``,
-``pipeline`` and ``checkpoints``.
+chain), ``corrector`` and ``remasking`` (revision), ``grids``, ``likelihood``, then the shells ``transformer``,
+``scheduler``, ``pipeline`` and ``checkpoints``.
 """
 
 from wellposed.udm.corrector import Corrector

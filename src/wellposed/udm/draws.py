@@ -57,7 +57,7 @@ class Truncation:
         if self.min_p > 0:
             probs = probs * (probs >= self.min_p * probs.amax(-1, keepdim=True))
         if self.top_p < 1 or self.top_k is not None:
-            ranked, order = probs.sort(-1, descending=True, stable=True)
+            ranked, order = probs.sort(dim=-1, descending=True, stable=True)
             if self.top_k is not None:
                 ranked[:, self.top_k :] = 0
             if self.top_p < 1:
