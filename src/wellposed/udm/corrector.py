@@ -34,8 +34,6 @@ __all__ = ["Corrector", "Selection", "correct", "selection_scores"]
 
 Selection = Literal["random", "lowest_log_margin", "lowest_maxprob", "lowest_current_prob"]
 
-CHUNK_ELEMENTS = 2**20
-
 
 @dataclass(frozen=True, kw_only=True)
 class Corrector:
@@ -101,40 +99,31 @@ class Corrector:
 def selection_scores(prediction: Prediction, selection: Selection) -> Float[Tensor, " rows"]:
     """How much each row wants to be resampled, from its leave-one-out logits.
 
-    In float32 from three numbers a row (log-sum-exp, own logit, best other one): g is monotone in pi, so the vocabulary
-    is read once and never raised in precision.
+    From two numbers a row, the own token's probability and the best other one's: g is monotone in pi.
     """
     logits, tokens = prediction.logits, prediction.tokens
     if selection == "random":
         return torch.zeros(len(tokens), dtype=torch.float32, device=tokens.device)
     odds = log_odds(prediction.alpha, prediction.vocab_size).to(tokens.device)
     scores = torch.empty(len(tokens), dtype=at_least_float32(logits[:0]).dtype, device=tokens.device)
-    chunk = max(1, CHUNK_ELEMENTS // prediction.vocab_size)
+    chunk = rows_at_once(logits)
     for start in range(0, len(tokens), chunk):
         part = slice(start, start + chunk)
-        rows, own_index = at_least_float32(logits[part]), tokens[part].unsqueeze(-1)
-        total = rows.logsumexp(-1)
-        own = rows.gather(-1, own_index).squeeze(-1)
-        other = rows.scatter(-1, own_index, -torch.inf).amax(-1)
-        c = odds[part].to(rows.dtype)
-
-        def log_g(weight: Tensor, total: Tensor = total, c: Tensor = c) -> Tensor:
-            # Up to log((1 - alpha) / K), which all share: log(1 + K alpha pi / (1 - alpha)).
-            return softplus(weight - total + c)
-
+        log_probs, index = at_least_float32(logits[part]).log_softmax(-1), tokens[part].unsqueeze(-1)
+        own = log_probs.gather(-1, index).squeeze(-1)
+        other = log_probs.scatter_(-1, index, -torch.inf).amax(-1)
+        c = odds[part].to(own.dtype)
+        # log g up to log((1 - alpha) / K), which all tokens share: log(1 + K alpha pi / (1 - alpha)).
+        own, other = softplus(own + c), softplus(other + c)
+        floor = (torch.log1p(-prediction.alpha[part]) - math.log(prediction.vocab_size)).to(own.device, own.dtype)
         match selection:
             case "lowest_log_margin":
-                scores[part] = log_g(other) - log_g(own)
+                scores[part] = other - own
             case "lowest_current_prob":
-                scores[part] = -(log_g(own) + _log_floor(prediction.alpha[part], prediction.vocab_size, rows))
+                scores[part] = -(own + floor)
             case "lowest_maxprob":
-                best = log_g(torch.maximum(own, other))
-                scores[part] = -(best + _log_floor(prediction.alpha[part], prediction.vocab_size, rows))
+                scores[part] = -(torch.maximum(own, other) + floor)
     return scores
-
-
-def _log_floor(alpha: Tensor, vocab_size: int, like: Tensor) -> Tensor:
-    return (torch.log1p(-alpha) - math.log(vocab_size)).to(like.device, like.dtype)
 
 
 def correct(

@@ -14,12 +14,11 @@ from torch import Tensor
 
 from wellposed.udm.prediction import at_least_float32
 
-__all__ = ["Generators", "Truncation", "draw_tokens", "random_tokens", "uniform_numbers"]
+__all__ = ["Generators", "Truncation", "draw_tokens", "random_tokens", "rows_at_once", "uniform_numbers"]
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
-# Rows whose cumulative sums are held at once: 16 MiB of float64.
-CHUNK_ELEMENTS = 2**21
+CACHED, RESIDENT = 2**18, 2**27  # numbers that a CPU's cache holds, and that an accelerator's memory may
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +83,11 @@ def uniform_numbers(tokens: Int[Tensor, "batch length"], generator: Generators) 
     return torch.stack([numbers(tokens.shape[1:], source) for source in generator])
 
 
+def rows_at_once(logits: Float[Tensor, "rows vocab"]) -> int:
+    """Rows to go through the vocabulary with together: few stay in a CPU's cache; elsewhere launches are what costs."""
+    return max(1, (CACHED if logits.device.type == "cpu" else RESIDENT) // logits.shape[-1])
+
+
 def random_tokens(numbers: Float[Tensor, "*rows"], vocab_size: int) -> Int[Tensor, "*rows"]:
     """Uniform tokens from uniform numbers."""
     return (numbers * vocab_size).long().clamp_max(vocab_size - 1)
@@ -107,7 +111,7 @@ def draw_tokens(
         truncation: which tokens to choose from; None for all.
         excluded: a token of each row that must not be drawn.
     """
-    chunk = max(1, CHUNK_ELEMENTS // max(1, logits.shape[-1]))
+    chunk = rows_at_once(logits)
     sum_dtype = torch.float32 if logits.device.type == "mps" else torch.float64
     drawn = torch.empty(len(logits), dtype=torch.long, device=logits.device)
     for start in range(0, len(logits), chunk):
