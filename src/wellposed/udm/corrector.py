@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from wellposed.batches import TextBatch
-from wellposed.udm.draws import Generators, random_tokens, uniform_numbers
+from wellposed.udm.draws import Generators, random_tokens, rows_at_once, uniform_numbers
 from wellposed.udm.kernels import Kernel, TokenState
 from wellposed.udm.models import TokenModel
 from wellposed.udm.prediction import Prediction, at_least_float32, log_odds
