@@ -705,7 +705,7 @@ def _check_stream(
     if outside:
         raise ValueError(f"the special token {outside[0]} is outside the vocabulary of {vocab_size}")
     # A stream with a known hash was written by this module, from the tokenizer that the vocabulary belongs to.
-    for piece in tokens.split(1 << 24) if content_hash is None else ():
+    for piece in tokens.split(1 << 24) if content_hash is None and len(tokens) else ():
         low, high = (int(bound) for bound in piece.to(torch.int64).aminmax())
         if low < 0 or high >= vocab_size:
             raise ValueError(
