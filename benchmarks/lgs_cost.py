@@ -30,7 +30,8 @@ from wellposed.lgs.path_kl import lanczos_path_kl, stationary_image_spectrum
 from wellposed.lgs.reverse import ReversePoint, reverse_step
 from wellposed.lgs.sampler import LanczosCovariance, LanczosSettings, sample
 from wellposed.paths import GaussianPath
-from wellposed.recipes.draw import linear_trajectory, load_denoiser, resolved_device
+from wellposed.recipes.ddpm_draw import linear_trajectory, load_denoiser
+from wellposed.recipes.device import resolved_device
 from wellposed.report.record import write_result
 
 TARGETS = {"product": 1.2, "step m = 3": 4.7, "step adaptive, 25 steps": 3.0}

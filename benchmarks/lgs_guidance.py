@@ -15,8 +15,9 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
+from wellposed.recipes.ddpm_draw import load_denoiser
+from wellposed.recipes.device import resolved_device
 from wellposed.recipes.digit_features import digit_features
-from wellposed.recipes.draw import load_denoiser, resolved_device
 from wellposed.recipes.lgs_guidance import (
     GuidedDigits,
     GuidedMixture,

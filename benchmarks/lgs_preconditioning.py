@@ -39,8 +39,9 @@ from wellposed.lgs.reverse import CovarianceDraw, ReverseCovariance, ReversePoin
 from wellposed.lgs.sampler import LanczosCovariance, LanczosSettings, SamplingRecord, sample
 from wellposed.oracles import GaussianMixtureOracle
 from wellposed.paths import Bridge, from_scheduler
+from wellposed.recipes.ddpm_draw import linear_trajectory, load_denoiser
+from wellposed.recipes.device import resolved_device
 from wellposed.recipes.digit_features import digit_features
-from wellposed.recipes.draw import linear_trajectory, load_denoiser, resolved_device
 from wellposed.recipes.lgs_comparison import Contender, Outcome, compare
 from wellposed.report.record import write_result
 

@@ -32,9 +32,10 @@ from wellposed.denoisers import NetworkDenoiser, from_diffusers
 from wellposed.evaluation.features import FeatureExtractor, hash_weights, unit_images
 from wellposed.evaluation.frechet import feature_statistics, frechet_floor
 from wellposed.lgs.sampler import LanczosSettings
+from wellposed.recipes.ddpm_draw import load_denoiser
+from wellposed.recipes.device import resolved_device
 from wellposed.recipes.digit_features import digit_features
-from wellposed.recipes.draw import load_denoiser, resolved_device
-from wellposed.recipes.index import recipe_named
+from wellposed.recipes.lgs import lgs_tiny
 from wellposed.recipes.lgs_comparison import (
     Contender,
     Outcome,
@@ -46,7 +47,6 @@ from wellposed.recipes.lgs_comparison import (
     lanczos_contender,
     train_head,
 )
-from wellposed.recipes.train import train_recipe
 from wellposed.report.record import write_result
 
 
@@ -68,7 +68,7 @@ class Bench:
 def own_run(run: Path, device: torch.device) -> Bench:
     """The digits of ``wellposed train lgs_tiny``."""
     if not (run / "pipeline").is_dir():
-        train_recipe(recipe_named("lgs_tiny"), run, device=str(device), resume=run.exists())
+        lgs_tiny().train(run, device=str(device), resume=run.exists())
     dataset = digits(8, split="train")
     return Bench(
         name="digits",

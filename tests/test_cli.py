@@ -16,7 +16,8 @@ import torch
 
 from wellposed import cli
 from wellposed.cli import main
-from wellposed.recipes import RECIPES, FeatureEvaluation, Recipe, recipe_named
+from wellposed.recipes import RECIPES, DDPMRecipe, FeatureEvaluation, recipe_named
+from wellposed.recipes.lgs import lgs_tiny
 
 HELP_SECONDS = 0.5
 
@@ -37,11 +38,11 @@ def complaint(capsys: pytest.CaptureFixture[str]) -> str:
 
 
 @functools.cache
-def small_tiny() -> Recipe:
+def small_tiny() -> DDPMRecipe:
     """lgs_tiny in seconds: the same run with fewer of everything."""
     from wellposed.recipes.digit_features import digit_features
 
-    recipe = recipe_named("lgs_tiny")
+    recipe = lgs_tiny()
     network = recipe.network().config
     return replace(
         recipe,
@@ -62,10 +63,8 @@ def small_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def trained_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from wellposed.recipes.train import train_recipe
-
     run = tmp_path_factory.mktemp("trained") / "run"
-    train_recipe(small_tiny(), run, device="cpu", progress=False)
+    small_tiny().train(run, device="cpu", progress=False)
     return run
 
 
@@ -218,6 +217,11 @@ def test_settings_out_of_range(
 ) -> None:
     assert main([*arguments, "--device", "cpu"]) == 1
     assert said in complaint(capsys)
+
+
+def test_flags_of_another_kind_of_run_are_refused(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sample", "run", "--prompt", "def f(x):"]) == 2
+    assert "--prompt means nothing to lgs_tiny; of its own it takes --num-lanczos-steps" in complaint(capsys)
 
 
 def test_unexpected_error_is_one_line_unless_asked_for(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 if TYPE_CHECKING:
-    from wellposed.recipes.evaluate import SamplingScore
+    from wellposed.recipes import Recipe, ScoreTable
     from wellposed.report.record import Kind
 
 __all__ = ["main"]
@@ -37,11 +37,12 @@ RECIPES_OWN = "(default: the recipe's)"
 Out = Annotated[Path, tyro.conf.arg(metavar="FOLDER", help="folder of the run")]
 Seed = Annotated[int, tyro.conf.arg(metavar="N", help="seed of everything random")]
 Device = Annotated[str, tyro.conf.arg(metavar="NAME", help="auto, cpu, cuda, cuda:1 or mps")]
-ReverseSteps = Annotated[int | None, tyro.conf.arg(metavar="T", help="reverse steps", help_behavior_hint=RECIPES_OWN)]
 Products = Annotated[
     int | None,
     tyro.conf.arg(
-        metavar="M", help="Jacobian products a reverse step, 0 for plain DDPM", help_behavior_hint=RECIPES_OWN
+        metavar="M",
+        help="for images: Jacobian products a reverse step, 0 for plain DDPM",
+        help_behavior_hint=RECIPES_OWN,
     ),
 ]
 RunArgument = Annotated[
@@ -150,47 +151,48 @@ def _train(
     """Train a recipe's network, or take its published weights, and export a pipeline."""
     chosen = _recipe(recipe)
     folder = Path("runs") / chosen.name if out is None else out
-    from wellposed.recipes.train import train_recipe
-
     started = datetime.now(UTC)
-    trained = train_recipe(chosen, folder, steps=steps, seed=seed, device=device, resume=resume)
+    trained = chosen.train(folder, steps=steps, seed=seed, device=device, resume=resume)
     _keep_record(folder, chosen.name, "train", trained.settings, dict(trained.metrics), seed, started)
     _tell(f"{folder}/pipeline is ready; draw from it with: wellposed sample {folder}")
 
 
 def _sample(
     run: RunArgument,
-    count: Annotated[int, tyro.conf.arg(metavar="N", help="images to draw")] = 64,
-    steps: ReverseSteps = None,
+    count: Annotated[
+        int | None, tyro.conf.arg(metavar="N", help="how many to draw", help_behavior_hint=RECIPES_OWN)
+    ] = None,
+    steps: Annotated[
+        int | None, tyro.conf.arg(metavar="T", help="sampling steps", help_behavior_hint=RECIPES_OWN)
+    ] = None,
+    prompt: Annotated[
+        str | None,
+        tyro.conf.arg(
+            metavar="TEXT",
+            help="for texts: what is given; ____ is a hole to fill",
+            help_behavior_hint="(default: nothing)",
+        ),
+    ] = None,
     num_lanczos_steps: Products = None,
     seed: Seed = 0,
     device: Device = "auto",
 ) -> None:
-    """Draw images from a run into its folder samples/."""
-    _require_run(run)
-    from wellposed.recipes.sample import sample_run
-
+    """Draw from a run into its folder samples/."""
+    recipe = _recipe_of(run)
+    options = _options(recipe, prompt=prompt, num_lanczos_steps=num_lanczos_steps)
     with _progress("drawing") as show:
-        drawn = sample_run(
-            run,
-            count=count,
-            steps=steps,
-            num_lanczos_steps=num_lanczos_steps,
-            seed=seed,
-            device=device,
-            on_progress=lambda done, total: show("images", done, total),
-        )
-    _tell(f"{drawn.count} images in {drawn.seconds:.1f} s, {drawn.evaluations} network evaluations each: {drawn.grid}")
+        drawn = recipe.sample(run, count=count, steps=steps, seed=seed, device=device, on_progress=show, **options)
+    _tell(drawn.told)
 
 
 def _evaluate(
     run: RunArgument,
     count: Annotated[
-        int | None, tyro.conf.arg(metavar="N", help="images for each score", help_behavior_hint=RECIPES_OWN)
+        int | None, tyro.conf.arg(metavar="N", help="samples for each score", help_behavior_hint=RECIPES_OWN)
     ] = None,
     steps: Annotated[
         int | None,
-        tyro.conf.arg(metavar="T", help="reverse steps", help_behavior_hint="(default: all counts of the recipe)"),
+        tyro.conf.arg(metavar="T", help="sampling steps", help_behavior_hint="(default: all counts of the recipe)"),
     ] = None,
     num_lanczos_steps: Products = None,
     seed: Seed = 0,
@@ -199,21 +201,13 @@ def _evaluate(
         bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help="keep the scores that are there already")
     ] = False,
 ) -> None:
-    """Score a run's images at several numbers of steps, and keep the scores with their cards."""
-    _require_run(run)
-    from wellposed.recipes.evaluate import evaluate_run
-
+    """Score a run's samples at several numbers of steps, and keep the scores with their cards."""
+    recipe = _recipe_of(run)
+    options = _options(recipe, num_lanczos_steps=num_lanczos_steps)
     started = datetime.now(UTC)
     with _progress("scoring") as show:
-        scores = evaluate_run(
-            run,
-            count=count,
-            steps=steps,
-            num_lanczos_steps=num_lanczos_steps,
-            seed=seed,
-            device=device,
-            resume=resume,
-            on_progress=lambda num_steps, done, total: show(f"T = {num_steps}", done, total),
+        scores = recipe.evaluate(
+            run, count=count, steps=steps, seed=seed, device=device, resume=resume, on_progress=show, **options
         )
     _show_scores(scores)
     _record_scores(run, scores, seed, started)
@@ -239,7 +233,7 @@ def _report(
     _tell(f"wrote {page}")
 
 
-def _recipe(name: str) -> Any:
+def _recipe(name: str) -> "Recipe":
     from wellposed.recipes import recipe_named
 
     try:
@@ -248,11 +242,31 @@ def _recipe(name: str) -> Any:
         raise _Misuse(str(error)) from error
 
 
-def _require_run(path: Path) -> None:
-    """Say so before torch is loaded if there is nothing at ``path``."""
-    from wellposed.recipes.run_folder import open_run
+def _recipe_of(run: Path) -> "Recipe":
+    """What a run is of. Says so before torch is loaded if there is nothing at ``run``."""
+    from wellposed.recipes import recipe_of
 
-    open_run(path)
+    return recipe_of(run)
+
+
+def _options(recipe: "Recipe", **given: Any) -> dict[str, Any]:
+    """What was given of the flags that not every kind of recipe takes.
+
+    Raises:
+        _Misuse: a flag that this kind has no use for.
+    """
+    options = {name: value for name, value in given.items() if value is not None}
+    for name in options.keys() - recipe.options:
+        raise _Misuse(f"{_flag(name)} means nothing to {recipe.name}; of its own it takes {_flags(recipe.options)}")
+    return options
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _flags(names: Iterable[str]) -> str:
+    return ", ".join(map(_flag, sorted(names))) or "nothing"
 
 
 def _keep_record(
@@ -273,38 +287,26 @@ def _keep_record(
     write_record(record, run / "record.json")
 
 
-def _record_scores(run: Path, scores: "Sequence[SamplingScore]", seed: int, started: datetime) -> None:
+def _record_scores(run: Path, scores: "ScoreTable", seed: int, started: datetime) -> None:
     """The record of the run with its scores beside what training measured."""
     from wellposed.recipes.run_folder import RunFolder
     from wellposed.report.record import read_record
 
     kept = run / "record.json"
     before: dict[str, Any] = dict(read_record(kept).metrics) if kept.is_file() else {}
-    measured = {f"{one.metric} T={one.steps} m={one.num_lanczos_steps}": one.value for one in scores}
     settings = RunFolder(run).settings()
-    cards = [f"{one.metric} T={one.steps} m={one.num_lanczos_steps}: {_card(one)}" for one in scores]
-    _keep_record(run, settings["recipe"], "evaluate", settings, before | measured, seed, started, cards)
-
-
-def _card(score: "SamplingScore") -> str:
-    card = score.card
-    return (
-        f"{card['extractor']} {card['weights_hash'][:8]}, resize {card['resize']}, n = {card['num_images']}, reference "
-        f"{card['reference']} {card['reference_hash'][:8]}, images {card['image_format']}"
+    _keep_record(
+        run, settings["recipe"], "evaluate", settings, before | dict(scores.metrics), seed, started, scores.cards
     )
 
 
-def _show_scores(scores: "Sequence[SamplingScore]") -> None:
+def _show_scores(scores: "ScoreTable") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("T", "m", scores[0].metric, "real against real", "evaluations", "seconds", caption=_card(scores[0]))
-    for one in scores:
-        floor = "" if one.floor is None else f"{one.floor:.4f}"
-        table.add_row(
-            *(str(one.steps), str(one.num_lanczos_steps), f"{one.value:.4f}", floor, str(one.evaluations)),
-            f"{one.seconds:.1f}",
-        )
+    table = Table(*scores.columns, caption=scores.caption)
+    for row in scores.rows:
+        table.add_row(*row)
     Console().print(table)
 
 

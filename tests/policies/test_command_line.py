@@ -13,8 +13,9 @@ import pytest
 COMMANDS = {
     "demo": {"--out", "--steps", "--seed", "--device", "--resume"},
     "train": {"--out", "--steps", "--seed", "--device", "--resume"},
-    # How many images and how many products are questions to a finished run; a recipe answers neither for good.
-    "sample": {"--steps", "--seed", "--device", "--count", "--num-lanczos-steps"},
+    # How many samples, how many products and what a text is to continue are questions to a finished run; a recipe
+    # answers none of them for good. The last two are for one kind of run each, and refused for the other.
+    "sample": {"--steps", "--seed", "--device", "--count", "--num-lanczos-steps", "--prompt"},
     "evaluate": {"--steps", "--seed", "--device", "--resume", "--count", "--num-lanczos-steps"},
     "report": {"--out"},
     "list": set(),

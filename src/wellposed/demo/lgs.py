@@ -26,9 +26,10 @@ from wellposed.lgs.path_kl import (
 )
 from wellposed.lgs.sampler import LanczosSettings
 from wellposed.paths import from_scheduler
+from wellposed.recipes.ddpm_draw import linear_trajectory, load_denoiser
+from wellposed.recipes.device import resolved_device
 from wellposed.recipes.digit_features import digit_features
-from wellposed.recipes.draw import linear_trajectory, load_denoiser, resolved_device
-from wellposed.recipes.index import recipe_named
+from wellposed.recipes.lgs import lgs_tiny
 from wellposed.recipes.lgs_comparison import (
     Contender,
     Outcome,
@@ -46,7 +47,6 @@ from wellposed.recipes.lgs_guidance import (
     guided_mixture_study,
     train_noisy_classifier,
 )
-from wellposed.recipes.train import train_recipe
 from wellposed.training.context import derived_seed
 
 __all__ = ["GRID_COLUMNS", "SHOWN", "guidance_study", "lanczos_study", "network_study", "path_kl_study"]
@@ -105,12 +105,10 @@ def network_study(stages: Stages, settings: DemoSettings, *, device: str) -> dic
     run = stages.folder / "network"
 
     def train_network(folder: Path) -> dict[str, Any]:
-        recipe = recipe_named("lgs_tiny")
+        recipe = lgs_tiny()
         half = max(1, settings.training_steps // 2)
         recipe = replace(recipe, training=replace(recipe.training, checkpoint_every=half))
-        trained = train_recipe(
-            recipe, folder, steps=settings.training_steps, seed=stages.seed, device=device, resume=True
-        )
+        trained = recipe.train(folder, steps=settings.training_steps, seed=stages.seed, device=device, resume=True)
         return dict(trained.metrics)
 
     stages.run("network", "Training a U-Net on digits", {"steps": settings.training_steps}, train_network)

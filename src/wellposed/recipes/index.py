@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from difflib import get_close_matches
+from pathlib import Path
 
 from wellposed.recipes.lgs import lgs_celeba64, lgs_cifar10, lgs_cifar10_cosine, lgs_imagenet64, lgs_tiny
 from wellposed.recipes.recipe import Recipe
+from wellposed.recipes.run_folder import open_run
 
-__all__ = ["RECIPES", "recipe_named"]
+__all__ = ["RECIPES", "recipe_named", "recipe_of"]
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
     recipe.__name__: recipe for recipe in (lgs_tiny, lgs_cifar10, lgs_cifar10_cosine, lgs_celeba64, lgs_imagenet64)
@@ -24,3 +26,12 @@ def recipe_named(name: str) -> Recipe:
     near = get_close_matches(name, RECIPES, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(RECIPES)}"
     raise ValueError(f"there is no recipe {name!r}; {hint} (wellposed list shows them)")
+
+
+def recipe_of(run: str | Path) -> Recipe:
+    """The recipe that the run in a folder says it is of.
+
+    Raises:
+        ValueError: no run there, one without an exported pipeline, or of a recipe that is not listed.
+    """
+    return recipe_named(open_run(run).settings()["recipe"])

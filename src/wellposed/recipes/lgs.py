@@ -10,15 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from wellposed.recipes.recipe import (
+from wellposed.recipes.ddpm_recipe import (
+    DDPMRecipe,
     FeatureEvaluation,
     FIDEvaluation,
+    ImageSamplingSettings,
     PublishedWeights,
-    Recipe,
-    RequiredFile,
-    SamplingSettings,
-    TrainingSettings,
 )
+from wellposed.recipes.recipe import RequiredFile, TrainingSettings
 
 __all__ = ["lgs_celeba64", "lgs_cifar10", "lgs_cifar10_cosine", "lgs_imagenet64", "lgs_tiny"]
 
@@ -32,9 +31,9 @@ INCEPTION = RequiredFile(
 )
 
 
-def lgs_tiny() -> Recipe:
+def lgs_tiny() -> DDPMRecipe:
     """Handwritten digits: every part of a run in minutes on a CPU, with nothing to download."""
-    return Recipe(
+    return DDPMRecipe(
         name="lgs_tiny",
         summary="8x8 digits, a small U-Net trained from scratch; minutes on a CPU",
         paper=PAPER,
@@ -55,12 +54,12 @@ def lgs_tiny() -> Recipe:
             checkpoint_every=1000,
             log_every=20,
         ),
-        sampling=SamplingSettings(step_counts=(5, 10, 25, 50), num_inference_steps=25, batch_size=250),
+        sampling=ImageSamplingSettings(step_counts=(5, 10, 25, 50), num_inference_steps=25, batch_size=250),
         evaluation=FeatureEvaluation(num_samples=500, extractor=_digit_features),
     )
 
 
-def lgs_cifar10() -> Recipe:
+def lgs_cifar10() -> DDPMRecipe:
     """CIFAR-10 with the linear schedule ("LS"): the network of Analytic-DPM."""
     reference = RequiredFile(
         path="fid_stats_cifar10_train_pytorch.npz",
@@ -78,7 +77,7 @@ def lgs_cifar10() -> Recipe:
         what="CIFAR-10, binary version, for training only",
         source="https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
     )
-    return Recipe(
+    return DDPMRecipe(
         name="lgs_cifar10",
         summary="CIFAR-10, linear schedule, published network",
         paper=PAPER,
@@ -90,7 +89,7 @@ def lgs_cifar10() -> Recipe:
         scheduler=_linear_schedule,
         dataset=_cifar10,
         training=TrainingSettings(max_steps=500_000, batch_size=128, learning_rate=1e-4),
-        sampling=SamplingSettings(
+        sampling=ImageSamplingSettings(
             step_counts=STEP_COUNTS, num_inference_steps=100, end_noise_limit=2.0, batch_size=500
         ),
         evaluation=FIDEvaluation(num_samples=50_000, inception=INCEPTION, reference=reference),
@@ -99,7 +98,7 @@ def lgs_cifar10() -> Recipe:
     )
 
 
-def lgs_cifar10_cosine() -> Recipe:
+def lgs_cifar10_cosine() -> DDPMRecipe:
     """CIFAR-10 with the cosine schedule ("CS")."""
     linear = lgs_cifar10()
     file = RequiredFile(
@@ -119,7 +118,7 @@ def lgs_cifar10_cosine() -> Recipe:
     )
 
 
-def lgs_celeba64() -> Recipe:
+def lgs_celeba64() -> DDPMRecipe:
     """CelebA at 64 x 64: the network of the DDIM code, and the one data set of which the paper's figures are known."""
     reference = RequiredFile(
         path="fid_stats_celeba64_train_50000_ddim.npz",
@@ -135,7 +134,7 @@ def lgs_celeba64() -> Recipe:
         what="CelebA's aligned pictures and list_eval_partition.txt, for training only",
         source="https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html",
     )
-    return Recipe(
+    return DDPMRecipe(
         name="lgs_celeba64",
         summary="CelebA 64x64, published network",
         paper=PAPER,
@@ -147,7 +146,7 @@ def lgs_celeba64() -> Recipe:
         dataset=_celeba64,
         # The length is ours: what the published network took is not documented.
         training=TrainingSettings(max_steps=500_000, batch_size=128, learning_rate=2e-4, clip_norm=1.0),
-        sampling=SamplingSettings(
+        sampling=ImageSamplingSettings(
             step_counts=STEP_COUNTS, num_inference_steps=100, end_noise_limit=2.0, batch_size=125
         ),
         evaluation=FIDEvaluation(num_samples=50_000, inception=INCEPTION, reference=reference),
@@ -156,7 +155,7 @@ def lgs_celeba64() -> Recipe:
     )
 
 
-def lgs_imagenet64() -> Recipe:
+def lgs_imagenet64() -> DDPMRecipe:
     """ImageNet at 64 x 64: the unconditional L_hybrid network of improved DDPM, on a grid of 4000 steps."""
     reference = RequiredFile(
         path="fid_stats_imagenet64_train.npz",
@@ -176,7 +175,7 @@ def lgs_imagenet64() -> Recipe:
         what="ImageNet 64x64 (train_64x64/ and valid_64x64/ with PNG files), for training only",
         source="https://image-net.org/download-images",
     )
-    return Recipe(
+    return DDPMRecipe(
         name="lgs_imagenet64",
         summary="ImageNet 64x64, unconditional, published network",
         paper=PAPER,
@@ -185,7 +184,7 @@ def lgs_imagenet64() -> Recipe:
         scheduler=_imagenet64_schedule,
         dataset=_imagenet64,
         training=TrainingSettings(max_steps=1_500_000, batch_size=128, learning_rate=1e-4),
-        sampling=SamplingSettings(
+        sampling=ImageSamplingSettings(
             step_counts=(*STEP_COUNTS[1:], 4000), num_inference_steps=100, end_noise_limit=1.0, batch_size=125
         ),
         evaluation=FIDEvaluation(num_samples=50_000, inception=INCEPTION, reference=reference),

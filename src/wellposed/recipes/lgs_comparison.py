@@ -30,7 +30,7 @@ from wellposed.lgs.baselines import (
     noise_second_moment,
 )
 from wellposed.lgs.sampler import LanczosCovariance, LanczosSettings, ReverseCovariance, SamplingRecord, sample
-from wellposed.recipes.draw import linear_trajectory
+from wellposed.recipes.ddpm_draw import linear_trajectory
 from wellposed.training import PlannedBatches, Player, TrainingConfig, train
 from wellposed.training.context import derived_seed
 

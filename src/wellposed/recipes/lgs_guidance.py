@@ -37,7 +37,7 @@ from wellposed.lgs.path_kl import anisotropic_mixture
 from wellposed.lgs.reverse import CovarianceDraw, ReverseCovariance, ReversePoint, StepCost
 from wellposed.lgs.sampler import LanczosCovariance, LanczosSettings, sample
 from wellposed.paths import GaussianPath, from_scheduler
-from wellposed.recipes.draw import linear_trajectory
+from wellposed.recipes.ddpm_draw import linear_trajectory
 from wellposed.training import PlannedBatches, Player, StepContext, TrainingConfig, train
 from wellposed.training.context import derived_seed
 

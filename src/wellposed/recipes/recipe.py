@@ -1,24 +1,33 @@
-"""What a complete run consists of. Plain values and functions that build the rest, so that reading one is cheap."""
+"""What every complete run has in common, whatever it trains. Plain values; reading a recipe loads nothing heavy."""
 
 import os
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 __all__ = [
     "DATA_VARIABLE",
-    "FIDEvaluation",
-    "FeatureEvaluation",
-    "PublishedWeights",
+    "DrawnSamples",
+    "OnProgress",
     "Recipe",
     "RequiredFile",
-    "SamplingSettings",
+    "ScoreTable",
+    "TrainedRun",
     "TrainingSettings",
     "data_folder",
+    "no_progress",
 ]
 
 DATA_VARIABLE = "WELLPOSED_DATA"
+
+OnProgress = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it is done, and how much there is."""
+
+
+def no_progress(what: str, done: int, total: int) -> None:
+    """Says nothing."""
 
 
 def data_folder() -> Path:
@@ -56,139 +65,209 @@ class RequiredFile:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PublishedWeights:
-    """Weights that somebody else trained.
-
-    Attributes:
-        file: the checkpoint.
-        layout: whose network it holds, see :mod:`wellposed.lgs.checkpoints`.
-    """
-
-    file: RequiredFile
-    layout: Literal["ddpm", "improved-diffusion"]
-
-
-@dataclass(frozen=True, kw_only=True)
 class TrainingSettings:
-    """Training from scratch with Adam on the plain regression loss.
+    """How one network is trained from scratch: Adam, a linear warm-up to a constant rate, averaged weights.
 
     Attributes:
         max_steps: number of steps.
-        batch_size: images a step.
+        batch_size: samples a step, over all ranks.
         learning_rate: Adam's.
+        betas: Adam's.
+        weight_decay: decoupled (AdamW).
         warmup_steps: steps over which the learning rate rises linearly to it.
-        ema_decay: of the averaged weights, which are the ones exported.
+        ema_decay: of the averaged weights, which are then the ones exported; None for no average.
         clip_norm: largest norm of the gradient; None leaves it.
-        checkpoint_every: steps between checkpoints; each also exports the pipeline and draws a grid of samples.
+        precision: "fp32", or "bf16" for bfloat16 autocast over float32 weights.
+        samples_at_a_time: most samples that a rank computes at once; it accumulates the gradient of more. None for no
+            limit.
+        sharding: with several ranks, "ddp" copies the network to each, "fsdp2" spreads it over them.
+        checkpoint_every: steps between checkpoints; each also exports the pipeline and draws samples.
         log_every: steps between lines of ``metrics.jsonl``.
     """
 
     max_steps: int
     batch_size: int
     learning_rate: float
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
     warmup_steps: int = 0
-    ema_decay: float = 0.9999
+    ema_decay: float | None = 0.9999
     clip_norm: float | None = None
+    precision: Literal["fp32", "bf16"] = "fp32"
+    samples_at_a_time: int | None = None
+    sharding: Literal["ddp", "fsdp2"] = "ddp"
     checkpoint_every: int = 10_000
     log_every: int = 50
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingSettings:
-    """How images are drawn.
+class TrainedRun:
+    """A run that has its pipeline.
 
     Attributes:
-        step_counts: numbers T of reverse steps to evaluate at.
-        num_inference_steps: T where one number is asked for.
-        num_lanczos_steps: m, Jacobian products a step; 0 is DDPM's smallest fixed variance.
-        tol: relative error at which m stops growing; None takes m products at every step.
-        end_noise_limit: Analytic-DPM's clip of the last noisy step, p times two grey levels; None for none.
-        batch_size: images drawn together.
+        folder: where it is.
+        settings: the resolved settings, as in ``recipe.json``.
+        metrics: the last line of training; empty where published weights were taken.
     """
 
-    step_counts: tuple[int, ...]
-    num_inference_steps: int
-    num_lanczos_steps: int = 3
-    tol: float | None = None
-    end_noise_limit: float | None = None
-    batch_size: int = 64
+    folder: Path
+    settings: dict[str, Any]
+    metrics: Mapping[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
-class FIDEvaluation:
-    """FID proper.
+class DrawnSamples(ABC):
+    """What was drawn from a run.
 
     Attributes:
-        num_samples: images to draw; published figures are of 50,000.
-        inception: the 2015 Inception weights.
-        reference: statistics of the real images, an ``.npz`` with ``mu`` and ``sigma``.
+        count: how many.
+        folder: all of them, one file each.
+        overview: the first ones in one file.
+        evaluations: network evaluations of each.
+        seconds: wall-clock time of drawing.
     """
 
-    num_samples: int
-    inception: RequiredFile
-    reference: RequiredFile
+    count: int
+    folder: Path
+    overview: Path
+    evaluations: int
+    seconds: float
+
+    @property
+    @abstractmethod
+    def told(self) -> str:
+        """What to tell a person who asked for them."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class FeatureEvaluation:
-    """Frechet distance on features of one's own, to the recipe's training images. Not called FID.
+class ScoreTable:
+    """Scores of a run, as they are shown and recorded.
 
     Attributes:
-        num_samples: images to draw.
-        extractor: (run folder, device) -> ``FeatureExtractor``; may train one and keep it in the run folder.
+        columns: heads.
+        rows: cells as text.
+        caption: what all rows have in common: how they were scored.
+        metrics: the numbers by the names under which they are recorded.
+        cards: for each number, what it depends on.
     """
 
-    num_samples: int
-    extractor: Callable[[Path, str], Any]
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    caption: str
+    metrics: Mapping[str, float]
+    cards: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """A complete run.
+class Recipe(ABC):
+    """A complete run. There is one subclass for each kind, which says what is trained and how that is done.
 
     Attributes:
         name: what the command line calls it.
         summary: what it does, in a line.
         paper: arXiv id.
         expected: the figure to expect, and whose it is.
-        network: () -> the network with random weights, a ``UNet2DModel``.
-        scheduler: () -> the ``DDPMScheduler`` it is trained with.
-        dataset: (path of ``images``, or of the data folder) -> the training images, an ``ImageDataset``.
-        training: how it is trained from scratch.
-        sampling: how images are drawn.
-        evaluation: how they are scored.
-        images: the training images, where the user has to get them.
-        published: weights to take instead of training, or None.
         folder: where the files lie that the user has to get.
     """
+
+    options: ClassVar[frozenset[str]] = frozenset()
+    """What ``sample`` and ``evaluate`` of this kind take beyond what every kind takes."""
 
     name: str
     summary: str
     paper: str
     expected: str
-    network: Callable[[], Any]
-    scheduler: Callable[[], Any]
-    dataset: Callable[[Path], Any]
-    training: TrainingSettings
-    sampling: SamplingSettings
-    evaluation: FIDEvaluation | FeatureEvaluation
-    images: RequiredFile | None = None
-    published: PublishedWeights | None = None
     folder: Path = field(default_factory=data_folder)
 
-    def training_images(self) -> Any:
-        """The data set.
-
-        Raises:
-            FileNotFoundError: its files are missing.
-        """
-        return self.dataset(self.folder if self.images is None else self.images.found_in(self.folder))
-
+    @abstractmethod
     def required_files(self) -> tuple[RequiredFile, ...]:
         """Everything that the user has to get, for one step of the run or another."""
-        files: list[RequiredFile] = []
-        if self.published is not None:
-            files.append(self.published.file)
-        if isinstance(self.evaluation, FIDEvaluation):
-            files += [self.evaluation.reference, self.evaluation.inception]
-        return (*files, self.images) if self.images is not None else tuple(files)
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """The kind's settings that are plain values, as they are kept in ``recipe.json``."""
+
+    @abstractmethod
+    def train(
+        self,
+        out: str | Path,
+        *,
+        steps: int | None = None,
+        seed: int = 0,
+        device: str = "auto",
+        resume: bool = False,
+        progress: bool = True,
+    ) -> TrainedRun:
+        """Train, or take published weights, and leave a run folder (:mod:`wellposed.recipes.run_folder`).
+
+        Args:
+            out: the run's folder.
+            steps: training steps in all, None for the recipe's. A recipe with published weights is trained from scratch
+                if a number is given, and takes those weights if not.
+            seed: of the weights, the noise and the order of the data.
+            device: "auto", "cpu", "cuda", ...
+            resume: go on with the run in ``out``; without it, a folder that holds one is refused.
+            progress: show a progress bar.
+
+        Raises:
+            FileNotFoundError: files that the recipe needs are missing.
+            ValueError: a folder in use, a checkpoint that does not fit, steps < 1.
+            TrainingInterrupted: after Ctrl-C or SIGTERM; ``resume`` goes on from there.
+        """
+
+    @abstractmethod
+    def sample(
+        self,
+        run: str | Path,
+        *,
+        count: int | None = None,
+        steps: int | None = None,
+        seed: int = 0,
+        device: str = "auto",
+        on_progress: OnProgress = no_progress,
+        **options: Any,
+    ) -> DrawnSamples:
+        """Draw from a run's pipeline into its ``samples`` folder.
+
+        Args:
+            run: the run's folder.
+            count: how many, None for the kind's number.
+            steps: sampling steps, None for the recipe's.
+            seed: sample i is a function of (seed, i).
+            device: "auto", "cpu", "cuda", ...
+            on_progress: called along the way.
+            options: those of ``self.options`` that are to differ from the recipe.
+
+        Raises:
+            ValueError: no such run, count < 1, or settings out of range.
+        """
+
+    @abstractmethod
+    def evaluate(
+        self,
+        run: str | Path,
+        *,
+        count: int | None = None,
+        steps: int | None = None,
+        seed: int = 0,
+        device: str = "auto",
+        resume: bool = False,
+        on_progress: OnProgress = no_progress,
+        **options: Any,
+    ) -> ScoreTable:
+        """Score a run, and keep the scores in its ``scores.json``.
+
+        Args:
+            run: the run's folder.
+            count: samples for each score, None for the recipe's number.
+            steps: one number of sampling steps, None for all of the recipe.
+            seed: sample i is a function of (seed, i).
+            device: "auto", "cpu", "cuda", ...
+            resume: take scores that are there already instead of computing them again.
+            on_progress: called along the way.
+            options: those of ``self.options`` that are to differ from the recipe.
+
+        Raises:
+            FileNotFoundError: files that scoring needs are missing.
+            ValueError: no such run, or settings out of range.
+        """

@@ -13,14 +13,13 @@
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wellposed.recipes.index import recipe_named
-from wellposed.recipes.recipe import FIDEvaluation, Recipe
+from wellposed.recipes.recipe import Recipe
 
-__all__ = ["RunFolder", "open_run", "resolved_settings", "start_run", "write_json"]
+__all__ = ["RunFolder", "is_main_process", "open_run", "resolved_settings", "start_run", "write_json"]
 
 
 @dataclass(frozen=True)
@@ -66,28 +65,23 @@ class RunFolder:
         return settings
 
 
-def open_run(path: str | Path, recipe: Recipe | None = None) -> tuple[RunFolder, Recipe]:
-    """A run that has something to sample from, and its recipe.
-
-    Args:
-        path: its folder.
-        recipe: instead of the listed recipe of the name that the folder says.
+def open_run(path: str | Path) -> RunFolder:
+    """A run that has something to sample from.
 
     Raises:
-        ValueError: no run there, one without an exported pipeline, or an unknown recipe.
+        ValueError: no run there, or one without an exported pipeline.
     """
     run = RunFolder(Path(path))
     if not run.settings_file.is_file():
         what = "is no run folder (it has no recipe.json)" if run.path.exists() else "does not exist"
         raise ValueError(f"{run.path} {what}; make a run with: wellposed train RECIPE --out {run.path}")
-    settings = run.settings()
-    recipe = recipe or recipe_named(settings["recipe"])
+    name = run.settings()["recipe"]
     if not (run.pipeline / "model_index.json").is_file():
         raise ValueError(
             f"{run.path} has no pipeline yet: training has not reached its first checkpoint; go on with: "
-            f"wellposed train {settings['recipe']} --out {run.path} --resume"
+            f"wellposed train {name} --out {run.path} --resume"
         )
-    return run, recipe
+    return run
 
 
 def start_run(path: str | Path, recipe: Recipe, *, resume: bool) -> RunFolder:
@@ -97,6 +91,8 @@ def start_run(path: str | Path, recipe: Recipe, *, resume: bool) -> RunFolder:
         ValueError: it holds a run and ``resume`` is False, a run of another recipe, or something else.
     """
     run = RunFolder(Path(path))
+    if not is_main_process():
+        return run  # the main process may have made the folder already; what is wrong with it stops them all
     if run.path.exists() and not run.path.is_dir():
         raise ValueError(f"{run.path} is a file; give --out a folder")
     if run.settings_file.is_file():
@@ -113,19 +109,13 @@ def start_run(path: str | Path, recipe: Recipe, *, resume: bool) -> RunFolder:
 
 def resolved_settings(recipe: Recipe, **chosen: Any) -> dict[str, Any]:
     """Everything in a recipe that is a plain value, and what was chosen for this run."""
-    evaluation: dict[str, Any] = {"metric": "Frechet distance", "num_samples": recipe.evaluation.num_samples}
-    if isinstance(recipe.evaluation, FIDEvaluation):
-        evaluation |= {"metric": "FID", "reference": recipe.evaluation.reference.path}
-    return {
-        "recipe": recipe.name,
-        "summary": recipe.summary,
-        "paper": recipe.paper,
-        "expected": recipe.expected,
-        "training": asdict(recipe.training),
-        "sampling": asdict(recipe.sampling),
-        "evaluation": evaluation,
-        **chosen,
-    }
+    about = {"recipe": recipe.name, "summary": recipe.summary, "paper": recipe.paper, "expected": recipe.expected}
+    return {**about, **recipe.settings(), **chosen}
+
+
+def is_main_process() -> bool:
+    """Whether this is the one process of the run that writes."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def write_json(path: Path, content: Mapping[str, Any] | list[Any]) -> None:

@@ -1,8 +1,8 @@
-"""``wellposed evaluate``: scores of a run, each with its card."""
+"""Scores of a run's images, each with its card."""
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,13 @@ from wellposed.evaluation.features import FeatureExtractor, unit_images
 from wellposed.evaluation.frechet import FeatureStatistics, frechet_floor, frechet_score
 from wellposed.evaluation.inception import fid
 from wellposed.evaluation.scores import Score
-from wellposed.recipes.draw import draw_images, load_denoiser, resolved_device
-from wellposed.recipes.recipe import FeatureEvaluation, FIDEvaluation, Recipe
+from wellposed.recipes.ddpm_draw import draw_images, load_denoiser
+from wellposed.recipes.ddpm_recipe import DDPMRecipe, FeatureEvaluation, FIDEvaluation
+from wellposed.recipes.device import resolved_device
+from wellposed.recipes.recipe import OnProgress, ScoreTable, no_progress
 from wellposed.recipes.run_folder import RunFolder, open_run, write_json
 
-__all__ = ["SamplingScore", "evaluate_run"]
+__all__ = ["SamplingScore", "score_images", "score_table"]
 
 READING_BATCH = 500
 
@@ -59,7 +61,8 @@ class SamplingScore:
         return (self.steps, self.num_lanczos_steps, self.count, self.seed) == (steps, num_lanczos_steps, count, seed)
 
 
-def evaluate_run(
+def score_images(
+    recipe: DDPMRecipe,
     run: str | Path,
     *,
     count: int | None = None,
@@ -68,12 +71,12 @@ def evaluate_run(
     seed: int = 0,
     device: str = "auto",
     resume: bool = False,
-    recipe: Recipe | None = None,
-    on_progress: Callable[[int, int, int], None] = lambda steps, done, total: None,
+    on_progress: OnProgress = no_progress,
 ) -> list[SamplingScore]:
     """Draw images at the recipe's step counts, score them, and keep the scores in the run's ``scores.json``.
 
     Args:
+        recipe: the run's, or one that differs from it in how it samples or is scored.
         run: the run's folder.
         count: images for each score, None for the recipe's number.
         steps: one number T of reverse steps, None for all of the recipe.
@@ -81,14 +84,13 @@ def evaluate_run(
         seed: image i is a function of (seed, i).
         device: "auto", "cpu", "cuda", ...
         resume: take scores that are there already instead of computing them again.
-        recipe: in place of the listed recipe that the run names.
-        on_progress: called with (T, images drawn, images wanted).
+        on_progress: called along the way.
 
     Raises:
         FileNotFoundError: reference statistics or weights of the extractor are missing.
         ValueError: no such run, or settings out of range.
     """
-    folder, recipe = open_run(run, recipe)
+    folder = open_run(run)
     count = recipe.evaluation.num_samples if count is None else count
     if count < 2:
         raise ValueError(f"count is {count}; a covariance of features needs at least 2 images")
@@ -113,6 +115,37 @@ def evaluate_run(
     return scores
 
 
+def score_table(scores: Sequence[SamplingScore]) -> ScoreTable:
+    """The scores as the command line shows and records them."""
+    rows = tuple(
+        (
+            str(one.steps),
+            str(one.num_lanczos_steps),
+            f"{one.value:.4f}",
+            "" if one.floor is None else f"{one.floor:.4f}",
+            str(one.evaluations),
+            f"{one.seconds:.1f}",
+        )
+        for one in scores
+    )
+    names = [f"{one.metric} T={one.steps} m={one.num_lanczos_steps}" for one in scores]
+    return ScoreTable(
+        columns=("T", "m", scores[0].metric, "real against real", "evaluations", "seconds"),
+        rows=rows,
+        caption=_card(scores[0]),
+        metrics=dict(zip(names, (one.value for one in scores), strict=True)),
+        cards=tuple(f"{name}: {_card(one)}" for name, one in zip(names, scores, strict=True)),
+    )
+
+
+def _card(score: SamplingScore) -> str:
+    card = score.card
+    return (
+        f"{card['extractor']} {card['weights_hash'][:8]}, resize {card['resize']}, n = {card['num_images']}, reference "
+        f"{card['reference']} {card['reference_hash'][:8]}, images {card['image_format']}"
+    )
+
+
 @dataclass(frozen=True)
 class _Judge:
     """Scores batches of images in [0, 1]."""
@@ -121,7 +154,7 @@ class _Judge:
     floor: float | None
 
 
-def _judge(folder: RunFolder, recipe: Recipe, count: int, device: torch.device) -> _Judge:
+def _judge(folder: RunFolder, recipe: DDPMRecipe, count: int, device: torch.device) -> _Judge:
     evaluation = recipe.evaluation
     if isinstance(evaluation, FIDEvaluation):
         weights = evaluation.inception.found_in(recipe.folder)
@@ -131,7 +164,7 @@ def _judge(folder: RunFolder, recipe: Recipe, count: int, device: torch.device) 
 
 
 def _feature_judge(
-    evaluation: FeatureEvaluation, folder: RunFolder, recipe: Recipe, count: int, device: torch.device
+    evaluation: FeatureEvaluation, folder: RunFolder, recipe: DDPMRecipe, count: int, device: torch.device
 ) -> _Judge:
     extractor: FeatureExtractor = evaluation.extractor(folder.path, str(device))
     dataset = recipe.training_images()
@@ -157,13 +190,13 @@ def _feature_judge(
 
 def _score(
     denoiser: NetworkDenoiser,
-    recipe: Recipe,
+    recipe: DDPMRecipe,
     judge: _Judge,
     steps: int,
     products: int,
     count: int,
     seed: int,
-    on_progress: Callable[[int, int, int], None],
+    on_progress: OnProgress,
 ) -> SamplingScore:
     evaluations, failed = 0, 0
     started = time.perf_counter()
@@ -181,7 +214,7 @@ def _score(
         ):
             evaluations, failed = max(evaluations, record.evaluations), failed + record.failed
             done += len(images)
-            on_progress(steps, done, count)
+            on_progress(f"T = {steps}", done, count)
             yield images
 
     score = judge.score(batches())

@@ -1,70 +1,66 @@
-"""``wellposed sample``: images from a run."""
+"""Images from a run."""
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from wellposed.data.pictures import save_image, save_image_grid
-from wellposed.recipes.draw import draw_images, grid_columns, load_denoiser, resolved_device
-from wellposed.recipes.recipe import Recipe
+from wellposed.recipes.ddpm_draw import draw_images, grid_columns, load_denoiser
+from wellposed.recipes.ddpm_recipe import DDPMRecipe
+from wellposed.recipes.device import resolved_device
+from wellposed.recipes.recipe import DrawnSamples, OnProgress, no_progress
 from wellposed.recipes.run_folder import open_run
 
-__all__ = ["SampledImages", "sample_run"]
+__all__ = ["SampledImages", "sample_images"]
 
+DEFAULT_COUNT = 64
 MOST_IN_GRID = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampledImages:
-    """What was drawn.
+class SampledImages(DrawnSamples):
+    """Images ``00000.png``, ``00001.png``, ... and a grid of the first ones; products count as evaluations."""
 
-    Attributes:
-        grid: picture of the first ones.
-        folder: all of them, ``00000.png``, ``00001.png``, ...
-        count: how many.
-        evaluations: network evaluations of each, products included.
-        seconds: wall-clock time of drawing.
-    """
-
-    grid: Path
-    folder: Path
-    count: int
-    evaluations: int
-    seconds: float
+    @property
+    def told(self) -> str:
+        """How many, how long, where."""
+        return (
+            f"{self.count} images in {self.seconds:.1f} s, {self.evaluations} network evaluations each: {self.overview}"
+        )
 
 
-def sample_run(
+def sample_images(
+    recipe: DDPMRecipe,
     run: str | Path,
     *,
-    count: int = 64,
+    count: int | None = None,
     steps: int | None = None,
     num_lanczos_steps: int | None = None,
     seed: int = 0,
     device: str = "auto",
-    recipe: Recipe | None = None,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: OnProgress = no_progress,
 ) -> SampledImages:
-    """Draw images from a run's pipeline into its ``samples`` folder.
+    """Draw images from a run's pipeline into its ``samples`` folder; see ``Recipe.sample``.
 
     Args:
+        recipe: the run's, or one that differs from it in how it samples.
         run: the run's folder.
-        count: how many.
+        count: how many, None for 64.
         steps: reverse steps T, None for the recipe's.
         num_lanczos_steps: m, None for the recipe's.
         seed: image i is a function of (seed, i).
         device: "auto", "cpu", "cuda", ...
-        recipe: in place of the listed recipe that the run names.
-        on_progress: called with the number of images drawn and wanted.
+        on_progress: called along the way.
 
     Raises:
         ValueError: no such run, count < 1, or settings out of range.
     """
+    count = DEFAULT_COUNT if count is None else count
     if count < 1:
         raise ValueError(f"count is {count}; give at least 1")
-    folder, recipe = open_run(run, recipe)
+    folder = open_run(run)
     settings = recipe.sampling
     steps = settings.num_inference_steps if steps is None else steps
     num_products = settings.num_lanczos_steps if num_lanczos_steps is None else num_lanczos_steps
@@ -83,11 +79,11 @@ def sample_run(
             number += 1
         if len(shown) < MOST_IN_GRID:
             shown += images.cpu()
-        on_progress(number, count)
+        on_progress("images", number, count)
     seconds = time.perf_counter() - started
     shown = shown[:MOST_IN_GRID]
     grid = folder.samples / f"{name}.png"
     save_image_grid(torch.stack(shown), grid, columns=grid_columns(len(shown)), metadata=about)
     return SampledImages(
-        grid=grid, folder=folder.samples / name, count=count, evaluations=evaluations, seconds=round(seconds, 3)
+        overview=grid, folder=folder.samples / name, count=count, evaluations=evaluations, seconds=round(seconds, 3)
     )

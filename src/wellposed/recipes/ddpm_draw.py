@@ -15,28 +15,10 @@ from wellposed.denoisers import NetworkDenoiser, from_diffusers
 from wellposed.evaluation.features import unit_images
 from wellposed.lgs.pipeline import LanczosDDPMPipeline
 from wellposed.lgs.sampler import LanczosCovariance, LanczosSettings, SamplingRecord, sample
-from wellposed.recipes.recipe import SamplingSettings
+from wellposed.recipes.ddpm_recipe import ImageSamplingSettings
 from wellposed.training.context import derived_seed
 
-__all__ = ["draw_images", "linear_trajectory", "load_denoiser", "resolved_device"]
-
-
-def resolved_device(device: str) -> torch.device:
-    """The device of that name; "auto" is CUDA, else MPS, else the CPU.
-
-    Raises:
-        ValueError: a device that this machine or this build of torch does not have.
-    """
-    if device == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {device!r} is not to be had here; give auto, cpu, cuda, cuda:1 or mps") from error
-    return chosen
+__all__ = ["draw_images", "grid_columns", "linear_trajectory", "load_denoiser"]
 
 
 def linear_trajectory(num_train_timesteps: int, num_inference_steps: int) -> tuple[int, ...]:
@@ -85,7 +67,7 @@ def _no_loading_bar() -> Iterator[None]:
 
 def draw_images(
     denoiser: NetworkDenoiser,
-    settings: SamplingSettings,
+    settings: ImageSamplingSettings,
     *,
     count: int,
     num_inference_steps: int,

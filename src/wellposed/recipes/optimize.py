@@ -1,0 +1,100 @@
+"""From a recipe's training settings to a player and a configuration of the one training loop."""
+
+import os
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from diffusers.models.modeling_utils import ModelMixin
+from torch import nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LinearLR
+
+from wellposed.recipes.recipe import TrainingSettings
+from wellposed.training import Objective, Player, Run, TrainingConfig, export_pretrained
+
+__all__ = [
+    "averaged_network",
+    "component_config",
+    "gradient_accumulation",
+    "player",
+    "training_config",
+]
+
+Network = TypeVar("Network", bound=ModelMixin)
+
+
+def player(name: str, model: nn.Module, objective: Objective, settings: TrainingSettings) -> Player:
+    """The network with its loss, optimizer, warm-up and average."""
+    optimizer = partial(AdamW, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay)
+    warmup = partial(LinearLR, start_factor=1 / max(1, settings.warmup_steps), total_iters=settings.warmup_steps)
+    return Player(
+        name=name,
+        model=model,
+        objective=objective,
+        optimizer=optimizer,
+        lr_scheduler=warmup if settings.warmup_steps else None,
+        ema_decay=settings.ema_decay,
+        clip_norm=settings.clip_norm,
+    )
+
+
+def training_config(
+    settings: TrainingSettings, *, steps: int, seed: int, device: str, progress: bool
+) -> TrainingConfig:
+    """How the run goes on this many ranks."""
+    return TrainingConfig(
+        max_steps=steps,
+        gradient_accumulation=gradient_accumulation(settings, int(os.environ.get("WORLD_SIZE", "1"))),
+        precision=settings.precision,
+        checkpoint_every=settings.checkpoint_every,
+        log_every=settings.log_every,
+        seed=seed,
+        sharding=settings.sharding,
+        device=device,
+        progress=progress,
+    )
+
+
+def gradient_accumulation(settings: TrainingSettings, world_size: int) -> int:
+    """Fewest equal shares of a rank's part of the batch that are no larger than ``samples_at_a_time``.
+
+    Raises:
+        ValueError: the batch cannot be split evenly over the ranks.
+    """
+    share, rest = divmod(settings.batch_size, world_size)
+    if rest:
+        raise ValueError(
+            f"a batch of {settings.batch_size} cannot be split evenly over {world_size} ranks; change the number of "
+            "ranks, or the recipe's training.batch_size"
+        )
+    most = settings.samples_at_a_time or share
+    return next(count for count in range(1, share + 1) if share % count == 0 and share // count <= most)
+
+
+def averaged_network(run: Run, name: str, architecture: type[Network], folder: Path) -> Network | None:
+    """A copy of a player's network with its averaged weights, whole though it be spread over the ranks.
+
+    Every rank calls it; the main one gets the copy, on its device and ready to evaluate, the others get None.
+
+    Args:
+        run: the run in progress.
+        name: the player's.
+        architecture: the network's class, which sharding replaces.
+        folder: the run's; the weights go through a folder in it that is removed again.
+    """
+    passage = folder / ".network"
+    export_pretrained(run.models[name], passage, average=run.averages.get(name))
+    if not run.workers.is_main:
+        return None
+    copy = architecture.from_pretrained(passage)
+    shutil.rmtree(passage)
+    nn.Module.to(copy, run.workers.device)
+    copy.eval().requires_grad_(False)
+    return copy
+
+
+def component_config(component: Any) -> dict[str, Any]:
+    """The public part of a diffusers component's configuration."""
+    return {name: value for name, value in component.config.items() if not name.startswith("_")}
