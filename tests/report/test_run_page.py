@@ -3,13 +3,14 @@ import math
 import os
 import time
 from datetime import UTC, datetime
+from xml.etree import ElementTree
 
 import pytest
 import torch
 
 from wellposed.report.pictures import tile_images
 from wellposed.report.record import new_record, write_record
-from wellposed.report.run_page import read_metrics, read_run, report_runs, smoothed
+from wellposed.report.run_page import read_metrics, read_run, report_runs, smoothed, text_picture
 
 
 def make_run(folder, *, rate=0.001, frechet=3.25, steps=60):
@@ -110,6 +111,37 @@ def test_only_the_latest_pictures_are_shown(tmp_path):
         os.utime(path, (now + 100 - age, now + 100 - age))
     names = [name for name, _ in read_run(folder).pictures]
     assert names == ["drawn-25", "step-000200", "step-000100", "step-000090"]
+
+
+def test_texts_and_what_checkpoints_measured_are_shown(tmp_path):
+    folder = make_run(tmp_path / "run")
+    for path in folder.glob("samples/*.png"):
+        path.unlink()
+    for number, content in enumerate(["old", "older", "def f(x):\n    return x < 1 & 2\n"]):
+        path = folder / "samples" / f"T{number:04}.txt"
+        path.write_text(content)
+        os.utime(path, (100 + number, 100 + number))
+    (folder / "validation.jsonl").write_text(
+        '{"step": 10, "validation/nelbo": 5.0}\n{"step": 20, "validation/nelbo": 4.0}'
+    )
+    assert [name for name, _ in read_run(folder).texts] == ["T0002", "T0001"]
+    html = report_runs([folder], tmp_path / "r.html").read_text()
+    assert 'alt="line plot of validation/nelbo over steps"' in html
+    assert "return x &lt; 1 &amp; 2" in html
+    assert "the last first: T0002, T0001." in html
+
+
+def test_a_text_is_set_line_by_line():
+    picture = text_picture("def f(x):\n    return x < 1\n\n" + "a" * 200 + "\x00")
+    root = ElementTree.fromstring(picture.data)
+    lines = [element.text or "" for element in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert lines == ["def f(x):", "    return x < 1", "", "a" * 96, "a" * 96, "a" * 8 + "\N{REPLACEMENT CHARACTER}"]
+    assert (root.get("width"), root.get("height")) == (str(picture.width), str(picture.height))
+    many = ElementTree.fromstring(text_picture("line\n" * 100).data)
+    lines = [element.text for element in many.iter("{http://www.w3.org/2000/svg}text")]
+    assert len(lines) == 48
+    assert lines[-1] == "…"
+    assert text_picture("").height > 0
 
 
 def test_folders_without_a_run_are_refused(tmp_path):

@@ -1,26 +1,36 @@
 """The page of one or several runs, made from what they left in their folders.
 
 A run's folder may hold ``record.json`` (:mod:`wellposed.report.record`), ``metrics.jsonl`` (one JSON object a line,
-written by the training loop), and pictures ``*.png`` in it or in ``samples/``. What is missing is left out.
+written by the training loop) and ``validation.jsonl`` (the same for what is measured at checkpoints), pictures
+``*.png`` in it or in ``samples/``, and texts ``*.txt`` in ``samples/``. What is missing is left out.
 """
 
 import json
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from html import escape
 from pathlib import Path
 from typing import Any, cast
 
 from wellposed.report.page import Cell, Column, Figure, Item, Page, Section, Table, write_page
-from wellposed.report.pictures import Picture, read_png
+from wellposed.report.pictures import INK, Picture, read_png
 from wellposed.report.plots import Series, draw, lines
 from wellposed.report.record import RECORD_FILE, Record, provenance, read_record
 from wellposed.training import METRICS_FILE
 
-__all__ = ["Run", "read_metrics", "read_run", "report_runs", "smoothed"]
+__all__ = ["Run", "read_metrics", "read_run", "report_runs", "smoothed", "text_picture"]
+
+METRICS_FILES = (METRICS_FILE, "validation.jsonl")
+CURVES = ("loss", "nelbo")
 
 MOST_POINTS = 400
 MOST_PICTURES = 4
+MOST_TEXTS = 2
+MOST_LINES, MOST_COLUMNS = 48, 96
+LINE_HEIGHT, COLUMN_WIDTH, MARGIN = 17, 7.3, 10
+WRAPPING: dict[str, Any] = {"replace_whitespace": False, "drop_whitespace": False, "expand_tabs": True}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,14 +40,16 @@ class Run:
     Attributes:
         name: of the folder.
         record: None where the run left none, for instance because it is not finished.
-        steps: the lines of ``metrics.jsonl``.
+        steps: the lines of ``metrics.jsonl`` and ``validation.jsonl``.
         pictures: sample grids with the names of their files, the last written first.
+        texts: sampled texts with the names of their files, the last written first.
     """
 
     name: str
     record: Record | None
     steps: tuple[Mapping[str, Any], ...]
     pictures: tuple[tuple[str, Picture], ...]
+    texts: tuple[tuple[str, str], ...] = ()
 
 
 def report_runs(folders: Sequence[Path], out: Path) -> Path:
@@ -77,18 +89,26 @@ def read_run(folder: Path) -> Run:
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; name the folder of a run")
-    record_file, metrics_file = folder / RECORD_FILE, folder / METRICS_FILE
+    record_file = folder / RECORD_FILE
+    metrics = [folder / name for name in METRICS_FILES if (folder / name).exists()]
     # By time: grids of training and of later sampling are named differently.
-    files = [*folder.glob("*.png"), *folder.glob("samples/*.png")]
-    names = sorted(files, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)[:MOST_PICTURES]
-    if not record_file.exists() and not metrics_file.exists() and not names:
-        raise ValueError(f"{folder} has no {RECORD_FILE}, {METRICS_FILE} or *.png; name the folder of a run")
+    pictures = _latest([*folder.glob("*.png"), *folder.glob("samples/*.png")], MOST_PICTURES)
+    texts = _latest([*folder.glob("samples/*.txt")], MOST_TEXTS)
+    if not (record_file.exists() or metrics or pictures or texts):
+        raise ValueError(
+            f"{folder} has no {RECORD_FILE}, {METRICS_FILE}, *.png or samples/*.txt; name the folder of a run"
+        )
     return Run(
         name=folder.resolve().name,
         record=read_record(record_file) if record_file.exists() else None,
-        steps=read_metrics(metrics_file) if metrics_file.exists() else (),
-        pictures=tuple((path.stem, read_png(path)) for path in names),
+        steps=tuple(row for file in metrics for row in read_metrics(file)),
+        pictures=tuple((path.stem, read_png(path)) for path in pictures),
+        texts=tuple((path.stem, path.read_text(encoding="utf-8", errors="replace")) for path in texts),
     )
+
+
+def _latest(files: list[Path], count: int) -> list[Path]:
+    return sorted(files, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)[:count]
 
 
 def read_metrics(path: Path) -> tuple[Mapping[str, Any], ...]:
@@ -169,16 +189,20 @@ def _comparison(
 
 
 def _curves_section(runs: Sequence[Run]) -> Section | None:
-    keys = list(dict.fromkeys(key for run in runs for row in run.steps for key in row if "loss" in key))
+    keys = list(dict.fromkeys(key for run in runs for row in run.steps for key in row if _is_curve(key)))
     pictures = [_curve(runs, key) for key in keys]
     if not pictures:
         return None
     figure = Figure(
         pictures=tuple(pictures),
-        caption="Loss over the steps of training, as a running mean over a fiftieth of the run.",
+        caption="Over the steps of training, as a running mean over a fiftieth of the run.",
         alt=tuple(f"line plot of {key} over steps" for key in keys),
     )
     return Section(id="curves", title="Training", items=(figure,))
+
+
+def _is_curve(key: str) -> bool:
+    return any(word in key for word in CURVES)
 
 
 def _curve(runs: Sequence[Run], key: str) -> Picture:
@@ -196,16 +220,45 @@ def _curve(runs: Sequence[Run], key: str) -> Picture:
 
 
 def _samples_section(runs: Sequence[Run]) -> Section | None:
-    items: list[Item] = [
-        Figure(
-            pictures=tuple(picture for _, picture in run.pictures),
-            caption=f"**{run.name}**, the last first: {', '.join(name for name, _ in run.pictures)}.",
-            alt=tuple(f"samples of {run.name}: {name}" for name, _ in run.pictures),
-        )
-        for run in runs
-        if run.pictures
-    ]
+    items: list[Item] = []
+    for run in runs:
+        if run.pictures:
+            items.append(_samples_figure(run.name, [(name, picture, "") for name, picture in run.pictures]))
+        if run.texts:
+            items.append(_samples_figure(run.name, [(name, text_picture(text), text) for name, text in run.texts]))
     return Section(id="samples", title="Samples", items=tuple(items)) if items else None
+
+
+def _samples_figure(run: str, samples: Sequence[tuple[str, Picture, str]]) -> Figure:
+    return Figure(
+        pictures=tuple(picture for _, picture, _ in samples),
+        caption=f"**{run}**, the last first: {', '.join(name for name, _, _ in samples)}.",
+        alt=tuple(text or f"samples of {run}: {name}" for name, _, text in samples),
+    )
+
+
+def text_picture(text: str) -> Picture:
+    """The first lines of a text as a picture, in the browser's own fixed-width type: spaces are part of a sample."""
+    lines = [part for line in text.splitlines() for part in textwrap.wrap(line, MOST_COLUMNS, **WRAPPING) or [""]]
+    if len(lines) > MOST_LINES:
+        lines = [*lines[: MOST_LINES - 1], "…"]
+    width = round(2 * MARGIN + COLUMN_WIDTH * max((len(line) for line in lines), default=0))
+    height = 2 * MARGIN + LINE_HEIGHT * max(1, len(lines))
+    rows = "".join(
+        f'<text x="{MARGIN}" y="{MARGIN + LINE_HEIGHT * (number + 0.75):g}">{escape(_printable(line))}</text>'
+        for number, line in enumerate(lines)
+    )
+    svg = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">'
+        f'<rect width="100%" height="100%" fill="#f5f8fb"/><g fill="{INK}" font-family="ui-monospace, Menlo, Consolas, '
+        f'DejaVu Sans Mono, monospace" font-size="12" style="white-space: pre">{rows}</g></svg>'
+    )
+    return Picture(data=svg.encode(), media_type="image/svg+xml", width=width, height=height)
+
+
+def _printable(line: str) -> str:
+    """Without the control characters that XML refuses."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in line)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Cell]:
