@@ -38,7 +38,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 def tiny(*, seed: int = 1, randomised: bool = True, **config: Any) -> UniformDiffusionTransformerModel:
     """With random weights in every layer: a fresh network has a head of zeros and would agree with anything."""
-    model = UniformDiffusionTransformerModel(VOCAB, **{**CONFIG, **config}).eval()
+    model = UniformDiffusionTransformerModel(**{"vocab_size": VOCAB, **CONFIG, **config}).eval()
     if randomised:
         source = generator(seed)
         with torch.no_grad():
@@ -301,6 +301,13 @@ def test_rotated_products_depend_on_the_distance_only() -> None:
     assert torch.equal(rotated_query[0], query[0, 0, 0])
 
 
+def test_half_precision_states_turn_by_exact_angles() -> None:
+    states = torch.randn(1, 30, 2, 8, generator=generator()).bfloat16()
+    cos, sin = rotary_tables(30, 8, 1e4, torch.device("cpu"))
+    expected = rotate(states.double(), cos, sin)
+    assert torch.equal(rotate(states, cos, sin), expected.to(torch.bfloat16))
+
+
 def test_the_rotary_base_is_the_configured_one() -> None:
     cos, _ = rotary_tables(4, 6, 50.0, torch.device("cpu"))
     expected = torch.tensor([[math.cos(m * 50.0 ** (-i / 3)) for i in range(3)] for m in range(4)])
@@ -438,6 +445,15 @@ def test_evaluation_is_deterministic_and_training_drops() -> None:
     assert not torch.equal(model(x, ALPHA).logits, model(x, ALPHA).logits)
 
 
+def test_dropout_falls_on_what_each_part_adds() -> None:
+    """With probability one nothing is added, as if all gates were shut."""
+    model, shut = tiny(dropout=1.0).train(), tiny()
+    for block in shut.transformer_blocks:
+        nn.init.zeros_(block.modulation.weight)
+        nn.init.zeros_(block.modulation.bias)
+    torch.testing.assert_close(model(tokens(), ALPHA).logits, shut(tokens(), ALPHA).logits)
+
+
 def test_the_order_of_sequences_does_not_matter() -> None:
     model = tiny()
     order = [2, 0, 1]
@@ -479,6 +495,16 @@ def test_save_and_load(config: dict[str, Any], tmp_path: Path) -> None:
     u = noise_for(x) if "absorbing_fusion" in config else None
     assert not loaded.training
     assert torch.equal(loaded(x, ALPHA, noise_ids=u).logits, model(x, ALPHA, noise_ids=u).logits)
+
+
+def test_a_network_of_the_same_configuration() -> None:
+    """What EMAModel does when it saves: from_config with the live configuration, defaults and all."""
+    model = tiny(mask_token=True, given_embedding=True)
+    twin = UniformDiffusionTransformerModel.from_config(model.config)
+    twin.load_state_dict(model.state_dict(), strict=True)
+    assert {k: v for k, v in twin.config.items() if k[0] != "_"} == {
+        k: v for k, v in model.config.items() if k[0] != "_"
+    }
 
 
 def test_save_and_load_in_shards_and_in_half_precision(tmp_path: Path) -> None:
@@ -543,13 +569,14 @@ def test_attention_backends_and_processors() -> None:
     model = tiny()
     expected = model(tokens(), ALPHA).logits
     assert set(model.attn_processors) == {f"transformer_blocks.{i}.attn.processor" for i in range(2)}
-    with attention_backend("native"):  # restores diffusers' default, which the calls below change for every model
+    with attention_backend("native"):  # restores diffusers' default, which the next line changes for every model
         model.set_attention_backend("_native_math")
         torch.testing.assert_close(model(tokens(), ALPHA).logits, expected, atol=1e-5, rtol=0)
-        model.set_attention_backend("_native_cudnn")  # not to be had on a CPU: that it is asked for shows the dispatch
-        with pytest.raises((RuntimeError, UserWarning), match="(?i)kernel"):
-            model(tokens(), ALPHA)
         model.reset_attention_backend()
+    model.transformer_blocks[1].attn.set_attention_backend("_native_cudnn")  # not to be had on a CPU
+    with pytest.raises((RuntimeError, UserWarning), match="(?i)kernel"):
+        model(tokens(), ALPHA)
+    model.reset_attention_backend()
     assert torch.equal(model(tokens(), ALPHA).logits, expected)
     model.fuse_qkv_projections()  # they always are
     assert torch.equal(model(tokens(), ALPHA).logits, expected)

@@ -30,7 +30,13 @@ def _fresh_compiler() -> Any:
 
 def network(**config: Any) -> UniformDiffusionTransformerModel:
     model = UniformDiffusionTransformerModel(
-        VOCAB, num_layers=2, num_attention_heads=2, attention_head_dim=8, cond_dim=12, given_embedding=True, **config
+        vocab_size=VOCAB,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        cond_dim=12,
+        given_embedding=True,
+        **config,
     )
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

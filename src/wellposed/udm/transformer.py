@@ -288,11 +288,12 @@ class UniformDiffusionTransformerModel(ModelMixin, ConfigMixin, AttentionMixin, 
         "modulation",
     ]
 
+    # By keyword only: diffusers takes what is given by position for a default, and from_config then leaves it out.
     @register_to_config
     def __init__(
         self,
-        vocab_size: int,
         *,
+        vocab_size: int,
         num_layers: int = 12,
         num_attention_heads: int = 12,
         attention_head_dim: int = 64,
@@ -369,7 +370,7 @@ class UniformDiffusionTransformerModel(ModelMixin, ConfigMixin, AttentionMixin, 
         if size not in SIZES:
             raise ValueError(f"size must be one of {', '.join(SIZES)}, got {size!r}")
         sizes: dict[str, Any] = {**SIZES[size], **config}
-        return cls(vocab_size, **sizes)
+        return cls(vocab_size=vocab_size, **sizes)
 
     def enable_cache(self, config: Any) -> None:
         """Skips blocks whose work hardly changes from step to step (``FirstBlockCacheConfig`` and its like)."""
