@@ -169,6 +169,18 @@ def test_a_good_model_has_an_accurate_small_loss(vocab: int, miss: float) -> Non
     assert row_error(gradient, exact_gradient) <= 5e-6
 
 
+def test_it_vanishes_with_the_square_of_what_the_model_misses() -> None:
+    """To leading order, where x_t = x_0: log ratios of q and q^p at x_0 and at x_t, and of the others, squared."""
+    vocab, miss, alpha = 1000, 1e-12, 0.01
+    rest = logits_of(1, vocab, scale=1.0)[0].index_fill(0, torch.tensor(3), -math.inf).softmax(0)
+    logits = (miss * rest).log().index_fill(0, torch.tensor(3), math.log1p(-miss))
+    same, survival = torch.tensor(3), torch.tensor(alpha, dtype=torch.float64)
+    own, weight = vocab * alpha * miss / (1 - alpha + vocab * alpha), 1 - alpha + vocab * alpha
+    others = (vocab * alpha / (1 - alpha) * miss * rest).square().sum()
+    expected = ((vocab + weight) * own**2 + (1 - alpha) * others) / (2 * vocab * weight)
+    torch.testing.assert_close(fused_nelbo(logits, same, same, survival), expected, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_never_negative_and_zero_where_the_model_is_certain_and_right(dtype: torch.dtype) -> None:
     vocab, rows = 7, 200
