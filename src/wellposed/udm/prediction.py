@@ -66,7 +66,7 @@ def check_alpha(alpha: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
     return scalars
 
 
-def per_position(scalars: Shaped[Tensor, "*batch"], tokens: Int[Tensor, "*rows"]) -> Shaped[Tensor, "*rows_or_ones"]:
+def per_position(scalars: Shaped[Tensor, "*batch"], tokens: Shaped[Tensor, "*rows"]) -> Shaped[Tensor, "*rows_or_ones"]:
     """One number per sequence, or per row, on the device of the tokens and shaped to broadcast against them."""
     return scalars.to(tokens.device).reshape(*scalars.shape, *[1] * (tokens.ndim - scalars.ndim))
 
