@@ -2,12 +2,10 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from diffusers.utils import logging
 from jaxtyping import Float
 from torch import Tensor
 
@@ -16,6 +14,7 @@ from wellposed.evaluation.features import unit_images
 from wellposed.lgs.pipeline import LanczosDDPMPipeline
 from wellposed.lgs.sampler import LanczosCovariance, LanczosSettings, SamplingRecord, sample
 from wellposed.recipes.ddpm_recipe import ImageSamplingSettings
+from wellposed.recipes.loading import loaded_pipeline
 from wellposed.training.context import derived_seed
 
 __all__ = ["draw_images", "grid_columns", "linear_trajectory", "load_denoiser"]
@@ -44,25 +43,8 @@ def load_denoiser(pipeline: Path, device: torch.device) -> NetworkDenoiser:
     Raises:
         ValueError: files that are missing or damaged.
     """
-    try:
-        with _no_loading_bar():
-            loaded = LanczosDDPMPipeline.from_pretrained(pipeline)
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"the pipeline in {pipeline} cannot be loaded ({reason}); export it again") from error
+    loaded = loaded_pipeline(LanczosDDPMPipeline, pipeline)
     return from_diffusers(loaded.unet.to(device).eval().requires_grad_(False), loaded.scheduler)
-
-
-@contextmanager
-def _no_loading_bar() -> Iterator[None]:
-    """Two components load before a bar could tell anything."""
-    was_enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            logging.enable_progress_bar()
 
 
 def draw_images(

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from wellposed.recipes.recipe import (
     OnProgress,
@@ -98,8 +98,6 @@ class DDPMRecipe(Recipe):
         published: weights to take instead of training, or None.
     """
 
-    options: ClassVar[frozenset[str]] = frozenset({"num_lanczos_steps"})
-
     network: Callable[[], Any]
     scheduler: Callable[[], Any]
     dataset: Callable[[Path], Any]
@@ -108,6 +106,11 @@ class DDPMRecipe(Recipe):
     evaluation: FIDEvaluation | FeatureEvaluation
     images: RequiredFile | None = None
     published: PublishedWeights | None = None
+
+    @property
+    def options(self) -> frozenset[str]:
+        """The number of Jacobian products a step."""
+        return frozenset({"num_lanczos_steps"})
 
     def training_images(self) -> Any:
         """The data set.

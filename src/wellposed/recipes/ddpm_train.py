@@ -3,7 +3,6 @@
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from diffusers.models.unets.unet_2d import UNet2DModel
 
 from wellposed.data.images import ImageDataset
@@ -20,12 +19,12 @@ from wellposed.recipes.optimize import (
     averaged_network,
     component_config,
     player,
+    seeded_network,
     training_config,
 )
 from wellposed.recipes.recipe import TrainedRun
 from wellposed.recipes.run_folder import RunFolder, is_main_process, resolved_settings, start_run, write_json
 from wellposed.training import Callback, PlannedBatches, Run, denoising_objective, train
-from wellposed.training.context import derived_seed
 from wellposed.training.export import replaced_folder
 
 __all__ = ["train_ddpm"]
@@ -84,7 +83,7 @@ def _take_published(
 def _train(
     recipe: DDPMRecipe, images: ImageDataset, run: RunFolder, steps: int, seed: int, device: str, progress: bool
 ) -> TrainedRun:
-    network = _initialised(recipe, seed)
+    network: UNet2DModel = seeded_network(recipe.network, seed)
     if network.class_embedding is None:
         images = replace(images, labels=None)
     settings = resolved_settings(
@@ -134,13 +133,6 @@ class _ExportAndShow(Callback):
             )
         )
         save_image_grid(batch, self.run.samples / f"{path.name}.png", columns=grid_columns(len(batch)))
-
-
-def _initialised(recipe: DDPMRecipe, seed: int) -> UNet2DModel:
-    """The network, its random weights a function of the seed; torch's own random state is left as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(derived_seed(seed, "network"))
-        return recipe.network()
 
 
 def _export(network: UNet2DModel, recipe: DDPMRecipe, run: RunFolder) -> None:

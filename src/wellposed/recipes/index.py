@@ -7,11 +7,16 @@ from pathlib import Path
 from wellposed.recipes.lgs import lgs_celeba64, lgs_cifar10, lgs_cifar10_cosine, lgs_imagenet64, lgs_tiny
 from wellposed.recipes.recipe import Recipe
 from wellposed.recipes.run_folder import open_run
+from wellposed.recipes.udm import udm_lm1b, udm_owt, udm_sudoku, udm_sudoku_tiny, udm_tiny
 
 __all__ = ["RECIPES", "recipe_named", "recipe_of"]
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
-    recipe.__name__: recipe for recipe in (lgs_tiny, lgs_cifar10, lgs_cifar10_cosine, lgs_celeba64, lgs_imagenet64)
+    recipe.__name__: recipe
+    for recipe in (
+        *(lgs_tiny, lgs_cifar10, lgs_cifar10_cosine, lgs_celeba64, lgs_imagenet64),
+        *(udm_tiny, udm_lm1b, udm_owt, udm_sudoku_tiny, udm_sudoku),
+    )
 }
 
 

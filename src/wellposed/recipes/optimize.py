@@ -2,23 +2,26 @@
 
 import os
 import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LinearLR
 
 from wellposed.recipes.recipe import TrainingSettings
-from wellposed.training import Objective, Player, Run, TrainingConfig, export_pretrained
+from wellposed.training import Objective, Player, Run, TrainingConfig, derived_seed, export_pretrained
 
 __all__ = [
     "averaged_network",
     "component_config",
     "gradient_accumulation",
     "player",
+    "seeded_network",
     "training_config",
 ]
 
@@ -71,6 +74,13 @@ def gradient_accumulation(settings: TrainingSettings, world_size: int) -> int:
         )
     most = settings.samples_at_a_time or share
     return next(count for count in range(1, share + 1) if share % count == 0 and share // count <= most)
+
+
+def seeded_network(build: Callable[[], Network], seed: int) -> Network:
+    """A network whose random weights are a function of the seed; torch's own random state is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(derived_seed(seed, "network"))
+        return build()
 
 
 def averaged_network(run: Run, name: str, architecture: type[Network], folder: Path) -> Network | None:

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 __all__ = [
     "DATA_VARIABLE",
@@ -170,14 +170,16 @@ class Recipe(ABC):
         folder: where the files lie that the user has to get.
     """
 
-    options: ClassVar[frozenset[str]] = frozenset()
-    """What ``sample`` and ``evaluate`` of this kind take beyond what every kind takes."""
-
     name: str
     summary: str
     paper: str
     expected: str
     folder: Path = field(default_factory=data_folder)
+
+    @property
+    @abstractmethod
+    def options(self) -> frozenset[str]:
+        """What ``sample`` and ``evaluate`` take beyond what they take of every kind."""
 
     @abstractmethod
     def required_files(self) -> tuple[RequiredFile, ...]:

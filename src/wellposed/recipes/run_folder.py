@@ -3,9 +3,12 @@
 =====================  =====================================================================================
 ``recipe.json``        the resolved settings; written first, so that a folder with it is a run
 ``metrics.jsonl``      what training measured along the way
+``validation.jsonl``   what was measured on held-out data at checkpoints, for text
+``tokenizer/``         for text: the tokenizer, made once, before the first step
 ``checkpoints/``       what training resumes from
-``pipeline/``          the network and its scheduler, for ``LanczosDDPMPipeline.from_pretrained``
-``samples/``           grids, and below them the single images, each with its seed inside
+``pipeline/``          the network with its scheduler, and its tokenizer for text, for ``from_pretrained`` of the
+                       pipeline's class: ``LanczosDDPMPipeline``, ``UniformDiffusionPipeline``
+``samples/``           grids of images or sheets of texts, and in folders beside them the single ones
 ``scores.json``        scores with their cards
 =====================  =====================================================================================
 """
@@ -34,13 +37,23 @@ class RunFolder:
         return self.path / "recipe.json"
 
     @property
+    def validation_file(self) -> Path:
+        """What checkpoints measured."""
+        return self.path / "validation.jsonl"
+
+    @property
+    def tokenizer(self) -> Path:
+        """The tokenizer."""
+        return self.path / "tokenizer"
+
+    @property
     def pipeline(self) -> Path:
         """The exported pipeline."""
         return self.path / "pipeline"
 
     @property
     def samples(self) -> Path:
-        """Pictures."""
+        """Pictures and texts."""
         return self.path / "samples"
 
     @property
