@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from wellposed.evaluation.mauve import mauve, mauve_from_histograms
+from wellposed.evaluation.mauve import _k_means, _principal, mauve, mauve_from_histograms
 
 
 def generator(seed=0):
@@ -85,6 +85,23 @@ def test_finds_the_clusters_that_are_there():
     assert mauve(p, q, num_clusters=4, generator=generator(), num_restarts=20).value == pytest.approx(
         expected, rel=1e-12
     )
+
+
+def test_keeps_the_fewest_directions_that_hold_the_variance():
+    """Spreads whose squares are 8, 4, 2 and 1 in orthogonal directions, after a turn."""
+    spreads = torch.tensor([1.0, 8.0, 2.0, 4.0], dtype=torch.float64).sqrt().diag()
+    points = torch.cat([spreads, -spreads]) @ torch.linalg.qr(normal(4, 4, seed=0)).Q + 3.0
+    for share, kept in ((0.5, [8]), (0.54, [8, 4]), (0.79, [8, 4]), (0.81, [8, 4, 2]), (0.94, [8, 4, 2, 1])):
+        squares = _principal(points, share).square().sum(0) / 2
+        torch.testing.assert_close(squares, torch.tensor(kept).double(), rtol=1e-10, atol=0)
+
+
+def test_k_means_leaves_no_cluster_unused():
+    """Nearly all first centres coincide, on the copies of one point; the two others get a centre all the same."""
+    points = torch.tensor([[10.0, 0.0]] * 12 + [[0.0, 10.0], [10.0, 10.0]], dtype=torch.float64)
+    for seed in range(5):
+        labels, cost = _k_means(points, 3, 100, generator(seed))
+        assert cost == 0.0 and labels.unique().numel() == 3
 
 
 def test_does_not_depend_on_scale_or_rotation():

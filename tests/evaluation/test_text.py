@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from wellposed.evaluation.ngram import NgramScorer
@@ -23,6 +23,7 @@ from wellposed.evaluation.text import (
 
 K = 20
 EOS = K  # as in GPT-2, one token starts a text and ends it
+MARK = "<|endoftext|>"
 CONTEXT = 12
 
 
@@ -50,11 +51,11 @@ def tokenizer():
     inner = Tokenizer(models.WordLevel({chr(97 + i): i for i in range(K)}, unk_token="a"))
     inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     inner.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<|endoftext|>", eos_token="<|endoftext|>")
+    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token=MARK, eos_token=MARK)
 
 
 def decode(tokens):
-    return "".join("<|endoftext|>" if token == EOS else chr(97 + token) for token in tokens.tolist())
+    return "".join(MARK if token == EOS else chr(97 + token) for token in tokens.tolist())
 
 
 def log_prob(model, tokens):
@@ -254,6 +255,17 @@ def test_texts_are_tokenized_by_the_judge(model, tokenizer):
     assert torch.equal(score.nats, same.nats)
     assert score.num_scored.tolist() == [9, 8, 20, 0]
     assert scorer.scorer.bos_token_id == scorer.scorer.eos_token_id == EOS
+
+
+def test_marks_that_a_tokenizer_adds_are_left_out(model, tokenizer):
+    adding = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()), bos_token=MARK, eos_token=MARK
+    )
+    adding.backend_tokenizer.post_processor = processors.TemplateProcessing(f"{MARK} $A {MARK}", None, [(MARK, EOS)])
+    assert adding("abc").input_ids == [EOS, 0, 1, 2, EOS]
+    plain, other = (CausalScorer(model=model, tokenizer=held, name="tiny") for held in (tokenizer, adding))
+    expected, found = plain.negative_log_likelihood(["abc"]), other.negative_log_likelihood(["abc"])
+    assert torch.equal(found.nats, expected.nats) and found.num_scored.tolist() == [3]
 
 
 def test_loads_from_a_folder(model, tokenizer, tmp_path):

@@ -355,7 +355,6 @@ class CausalTokenScorer:
         if self.settings.prepend_bos and self.bos_token_id is not None and not begins_with_bos:
             tokens = torch.cat([torch.tensor([self.bos_token_id]), tokens])
             scored = torch.cat([torch.tensor([False]), scored])
-        scored[:1] = False
         context = self.context_length or len(tokens)
         windows: list[_Window] = []
         done = 1  # up to here tokens are scored, or, as the first, never will be
