@@ -112,10 +112,11 @@ def test_one_text_file_is_cut_at_a_line(tmp_path):
     assert parts(local_text, tmp_path) == parts(local_text, tmp_path / "book.txt"), "a folder with one file"
 
 
-def test_long_lines_and_letters_of_several_bytes_survive(tmp_path, monkeypatch):
+@pytest.mark.parametrize("end", ["", "x", "xx", "xxx"])
+def test_long_lines_and_letters_of_several_bytes_survive(tmp_path, monkeypatch, end):
     monkeypatch.setattr(corpora, "PIECE_BYTES", 10)
     monkeypatch.setattr(corpora, "LONG_LINE_BYTES", 4)
-    text = "日本語のテキスト" * 20 + "\nshort\n" + "é" * 50
+    text = "日本語のテキスト" * 20 + "\nshort\n" + "é€" * 50 + end
     write(tmp_path, book_dot_txt=text)
     everything, train, validation = parts(local_text, tmp_path)
     assert "".join(everything) == "".join(train + validation) == text

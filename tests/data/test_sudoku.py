@@ -1,5 +1,6 @@
 import gzip
 
+import numpy as np
 import pytest
 import torch
 
@@ -99,6 +100,16 @@ def test_images_are_images(large):
         assert len(profiles) == 1
         assert len(rows(clues[:, base].flatten(1).to(torch.uint8))) == 10
     assert torch.equal(large.puzzles[:6], make_sudoku(6, side=9, seed=1).puzzles)
+
+
+def test_moves_keep_lines_and_boxes():
+    cells = sudoku._moved_cells(200, np.random.default_rng(0))
+    assert (np.sort(cells, axis=1) == np.arange(81)).all()
+    units = {tuple(sorted(unit)) for unit in sudoku._units(9).tolist()}
+    assert all({tuple(sorted(move[list(unit)])) for unit in units} == units for move in cells)
+    crossed = np.array([len({*(move[:9] // 9)}) == 9 for move in cells])
+    assert 60 < crossed.sum() < 140, "every other one puts a column where a row was"
+    assert len({move.tobytes() for move in cells}) == 200
 
 
 def test_same_seed_same_puzzles(small, large):

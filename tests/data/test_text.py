@@ -361,6 +361,8 @@ def test_where_the_given_tokens_are():
     assert (edges(spans) <= 3).all(), "twelve tokens are at most two spans, one cut at the edge and one cut short"
     assert edges(spans).double().mean() < edges(draws("scattered", fraction=(0.5, 0.5))).double().mean() / 2
     assert ((spans.double().mean(0) - 0.5).abs() < 0.1).all()
+    begins = (spans[:, 1:] & ~spans[:, :-1]).double().mean(0)
+    assert begins.min() > begins.max() / 3, "a span may begin anywhere"
 
 
 def test_what_is_given_depends_on_seed_epoch_and_index_alone():

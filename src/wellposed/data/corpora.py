@@ -67,7 +67,7 @@ DETOKENIZATION = [
 def python_source(split: Split = "train", *, root: str | Path | None = None) -> Corpus:
     """The source of Python's standard library: real text that is wherever this library runs, one document a file.
 
-    About 10 MB in 500 to 600 files, by the version of Python and how it is packaged, which the fingerprint sees;
+    About 10 MB in some 600 files, by the version of Python and how it is packaged, which the fingerprint sees;
     without tests, character tables (``encodings``) and help texts. By a hash of its name, every tenth file is for
     validation.
 
