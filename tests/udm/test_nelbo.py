@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from wellposed.evaluation.speed import saved_graph_bytes
 from wellposed.udm.nelbo import fused_nelbo, nelbo_divergence_form, nelbo_rate_form
+from wellposed.udm.prediction import to_denoiser, to_leave_one_out
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -41,7 +43,7 @@ def reference(logits: Tensor, x_0: Tensor, x_t: Tensor, alpha: Tensor, upstream:
 
 
 def value_and_gradient(
-    logits: Tensor, x_0: Tensor, x_t: Tensor, alpha: Tensor, upstream: Tensor | float = 1.0, **options: int
+    logits: Tensor, x_0: Tensor, x_t: Tensor, alpha: Tensor, upstream: Tensor | float = 1.0, **options: Any
 ) -> tuple[Tensor, Tensor]:
     leaf = logits.detach().requires_grad_()
     value = fused_nelbo(leaf, x_0, x_t, alpha, **options)
@@ -213,6 +215,24 @@ def test_at_the_ends_of_alpha(alpha: float, dtype: torch.dtype) -> None:
     assert bool(((value - exact).abs() <= 1e-5 * exact + left_over(logits, x_0, x_t, survival)).all())
 
 
+@pytest.mark.parametrize("alpha", [1e-3, 0.5, 0.9999])
+@pytest.mark.parametrize("vocab", [2, 200])
+def test_a_denoiser_is_converted_on_the_way(vocab: int, alpha: float) -> None:
+    logits, (x_0, x_t), upstream = logits_of(12, vocab), tokens(12, vocab), alphas(12)
+    survival = torch.full((12,), alpha, dtype=torch.float64)
+    leaf = logits.clone().requires_grad_()
+    value = nelbo_rate_form(to_leave_one_out(leaf, x_t, survival).log_softmax(-1), x_0, x_t, survival)
+    (gradient,) = torch.autograd.grad((value * upstream).sum(), leaf)
+    found, found_gradient = value_and_gradient(logits, x_0, x_t, survival, upstream, kind="denoiser", chunk_rows=5)
+    torch.testing.assert_close(found, value.detach(), rtol=1e-8, atol=1e-15)
+    assert row_error(found_gradient, gradient) <= 1e-8
+    # And in float32 the denoiser of a leave-one-out posterior loses no more digits than that itself.
+    narrow = to_denoiser(logits, x_t, survival).float()
+    exact = fused_nelbo(to_leave_one_out(narrow.double(), x_t, survival), x_0, x_t, survival)
+    allowed = 4e-6 * exact + left_over(to_leave_one_out(narrow.double(), x_t, survival), x_0, x_t, survival)
+    assert bool(((fused_nelbo(narrow, x_0, x_t, survival, kind="denoiser") - exact).abs() <= allowed).all())
+
+
 def test_renaming_the_tokens_changes_nothing() -> None:
     logits, (x_0, x_t), alpha = logits_of(9, 33), tokens(9, 33), alphas(9)
     renamed = torch.randperm(33, generator=generator())
@@ -275,6 +295,8 @@ def test_refuses_what_does_not_fit() -> None:
         fused_nelbo(logits, x_0, x_t, alpha.float())
     with pytest.raises(ValueError, match="requires_grad=True"):
         fused_nelbo(logits, x_0, x_t, alpha.clone().requires_grad_())
+    with pytest.raises(Exception, match="kind"):  # a ValueError, or a TypeCheckError where annotations are checked
+        fused_nelbo(logits, x_0, x_t, alpha, kind="score")
     with pytest.raises(ValueError, match="chunk_rows is 0"):
         fused_nelbo(logits, x_0, x_t, alpha, chunk_rows=0)
     for bad in (0.0, 1.0, 1 - 1e-13, -0.1, math.nan):
@@ -310,5 +332,5 @@ def test_compiles_in_one_graph(backend: str) -> None:
 def test_the_operators_say_what_they_do() -> None:
     """PyTorch's own check: schema, shapes without data, registration of the gradient, tracing."""
     logits, (x_0, x_t), alpha = logits_of(6, 9).requires_grad_(), tokens(6, 9), alphas(6)
-    results = torch.library.opcheck(torch.ops.wellposed.uniform_nelbo.default, (logits, x_0, x_t, alpha, 4))
+    results = torch.library.opcheck(torch.ops.wellposed.uniform_nelbo.default, (logits, x_0, x_t, alpha, True, 4))
     assert set(results.values()) == {"SUCCESS"}

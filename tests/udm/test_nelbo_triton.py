@@ -5,6 +5,7 @@ The interpreter takes an environment with triton and ``TRITON_INTERPRET=1 pytest
 
 import math
 import os
+from typing import Literal, get_args
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from wellposed.udm import nelbo, nelbo_triton
 from wellposed.udm.nelbo import fused_nelbo
+
+Kind = Literal["leave_one_out", "denoiser"]
 
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
 INTERPRETED = nelbo_triton.INSTALLED and os.environ.get("TRITON_INTERPRET") == "1"
@@ -35,9 +38,11 @@ def problem(vocab: int, rows: int = 6) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return logits, x_0, x_t, alpha
 
 
-def value_and_gradient(logits: Tensor, x_0: Tensor, x_t: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+def value_and_gradient(
+    logits: Tensor, x_0: Tensor, x_t: Tensor, alpha: Tensor, kind: Kind = "leave_one_out"
+) -> tuple[Tensor, Tensor]:
     leaf = logits.detach().requires_grad_()
-    value = fused_nelbo(leaf, x_0, x_t, alpha)
+    value = fused_nelbo(leaf, x_0, x_t, alpha, kind=kind)
     upstream = torch.linspace(0.5, 2, len(value), dtype=torch.float64, device=value.device)
     return value.detach(), torch.autograd.grad((value * upstream).sum(), leaf)[0]
 
@@ -57,15 +62,16 @@ def assert_agree(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], 
 
 @interpreted
 @pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("kind", get_args(Kind))
 @pytest.mark.parametrize("vocab", [2, 15, 256, 4096, 4097, 9001])
 def test_the_interpreted_kernels_agree_with_the_reference(
-    vocab: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    vocab: int, kind: Kind, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     logits, x_0, x_t, alpha = problem(vocab)
     logits = logits.to(dtype)
-    expected = value_and_gradient(logits.double(), x_0, x_t, alpha)
+    expected = value_and_gradient(logits.double(), x_0, x_t, alpha, kind)
     monkeypatch.setattr(nelbo_triton, "serves", lambda _: True)
-    assert_agree(value_and_gradient(logits, x_0, x_t, alpha), expected, dtype)
+    assert_agree(value_and_gradient(logits, x_0, x_t, alpha, kind), expected, dtype)
 
 
 @interpreted
@@ -80,7 +86,7 @@ def test_the_interpreted_kernels_take_no_rows(monkeypatch: pytest.MonkeyPatch) -
 def test_the_interpreted_sums_are_those_of_the_reference(vocab: int) -> None:
     logits, x_0, x_t, alpha = problem(vocab)
     ratio = vocab * alpha / (1 - alpha)
-    found = nelbo_triton.row_statistics(logits, x_0, x_t, ratio)
+    found = nelbo_triton.row_statistics(logits, x_0, x_t, ratio, None)
     probs = logits.double().softmax(-1)
     weights = (ratio.unsqueeze(1) * probs).scatter(1, x_0.unsqueeze(1), 0)
     total = found[0] + found[2]
@@ -102,14 +108,15 @@ def test_serves_what_the_kernels_can() -> None:
 @pytest.mark.gpu
 @needs_triton
 @pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("kind", get_args(Kind))
 @pytest.mark.parametrize("vocab", [2, 15, 256, 4096, 4097, 50257])
-def test_the_kernels_agree_with_the_reference(vocab: int, dtype: torch.dtype) -> None:
+def test_the_kernels_agree_with_the_reference(vocab: int, kind: Kind, dtype: torch.dtype) -> None:
     logits, x_0, x_t, alpha = problem(vocab, rows=60)
     logits = logits.to(dtype)
-    expected = value_and_gradient(logits.double(), x_0, x_t, alpha)
+    expected = value_and_gradient(logits.double(), x_0, x_t, alpha, kind)
     on_device = (part.cuda() for part in (logits, x_0, x_t))
     assert nelbo_triton.serves(logits.cuda())
-    assert_agree(value_and_gradient(*on_device, alpha), expected, dtype)
+    assert_agree(value_and_gradient(*on_device, alpha, kind), expected, dtype)
 
 
 @pytest.mark.gpu

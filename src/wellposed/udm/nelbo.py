@@ -1,4 +1,4 @@
-r"""The plug-in bound of uniform diffusion, fused: the whole vocabulary is touched twice forwards and twice backwards.
+r"""The plug-in bound of uniform diffusion, fused: logits are fetched once forwards and once backwards, and not copied.
 
 A token survives until t with probability alpha, otherwise it is uniform over the K tokens, itself included. Let p be
 what a model says about the clean token, read as the leave-one-out posterior, and
@@ -19,7 +19,7 @@ denoiser included (arXiv 2605.22765; this form of the bound is older, 2412.10193
 
     K^2 q(x_t) value = K phi(log rho) + D phi(-delta) + (1 - alpha) sum_{y != x_0} (w_y - log(1 + w_y)),
 
-where every term is non-negative, so that nothing cancels however good the model is. Two numbers come from the whole
+where every term is non-negative, so that no large numbers cancel, however good the model is. Two come from the whole
 row, ``sum_{y != x_0} p_y`` and the last sum; the rest is arithmetic on a few float64 scalars per row.
 
 **The gradient** in the logits, with ``s_y = w_y / (1 + w_y)``, ``Q = sum_{y != x_0} w_y s_y``, and m = 1 where x_0
@@ -31,7 +31,7 @@ with one H per row; at x_0 it is again a sum of terms of one sign. The backward 
 bytes each in bfloat16) and four scalars per row, and computes the probabilities again.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -56,6 +56,7 @@ def fused_nelbo(
     x_t: Int[Tensor, "..."],
     alpha: Float[Tensor, "..."],
     *,
+    kind: Literal["leave_one_out", "denoiser"] = "leave_one_out",
     chunk_rows: int | None = None,
 ) -> Float[Tensor, "*rows"]:
     r"""The plug-in bound of uniform diffusion per token, without the schedule's rate: >= 0, and 0 only where p is x_0.
@@ -72,11 +73,13 @@ def fused_nelbo(
     It is one opaque operator for ``torch.compile``, and has no second derivative.
 
     Args:
-        logits: of the leave-one-out posterior, unnormalised; -inf is probability 0.
+        logits: unnormalised; -inf is probability 0.
         x_0: clean tokens, of shape ``rows``.
         x_t: noisy tokens, likewise.
         alpha: survival probabilities, float64, in (0, 1), best on the CPU, where they are checked: one for all rows, or
             one for each entry of the leading axes, such as (batch,) for rows (batch, length).
+        kind: what the logits are. A denoiser's become the leave-one-out posterior's, as by ``to_leave_one_out``, but
+            without a copy of them.
         chunk_rows: rows per chunk; by default as many as fit the cache.
 
     Returns:
@@ -84,7 +87,7 @@ def fused_nelbo(
 
     Raises:
         ValueError: shapes that do not belong together, an alpha outside (0, 1 - 1e-12) or not float64, a token outside
-            the vocabulary (looked at on a CPU only), no rows in a chunk.
+            the vocabulary (looked at on a CPU only), another kind, no rows in a chunk.
     """
     rows = logits.shape[:-1]
     if x_0.shape != rows or x_t.shape != rows:
@@ -102,6 +105,8 @@ def fused_nelbo(
             f"alpha is {alpha.dtype}, requires_grad={alpha.requires_grad}; expected float64 without gradient, as "
             "schedules give it: float32 has lost 1 - alpha near the data"
         )
+    if kind not in ("leave_one_out", "denoiser"):
+        raise ValueError(f"kind is {kind!r}; write 'leave_one_out' or 'denoiser', or convert first")
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"chunk_rows is {chunk_rows}; write None, or at least 1")
     per_row = alpha.reshape(alpha.shape + (1,) * (len(rows) - alpha.ndim)).expand(rows)
@@ -111,6 +116,7 @@ def fused_nelbo(
         x_0.reshape(-1).long(),
         x_t.reshape(-1).long(),
         per_row.reshape(-1),
+        kind == "denoiser",
         chunk_rows,
     )[0].reshape(rows)
 
@@ -174,30 +180,32 @@ Statistics = Float[Tensor, "scalars n"]
 @torch.library.custom_op(
     "wellposed::uniform_nelbo",
     mutates_args=(),
-    schema="(Tensor logits, Tensor x_0, Tensor x_t, Tensor alpha, int? chunk_rows) -> (Tensor, Tensor)",
+    schema="(Tensor logits, Tensor x_0, Tensor x_t, Tensor alpha, bool denoiser, int? chunk_rows) -> (Tensor, Tensor)",
 )
 def _forward(
     logits: Float[Tensor, "n vocab"],
     x_0: Int[Tensor, " n"],
     x_t: Int[Tensor, " n"],
     alpha: Float[Tensor, " n"],
+    denoiser: bool,
     chunk_rows: int | None,
 ) -> tuple[Float[Tensor, " n"], Statistics]:
     _check_values(logits, x_0, x_t, alpha)
     vocab_size = logits.shape[-1]
     alpha = alpha.to(logits.device, non_blocking=True)
     ratio = _ratio(alpha, vocab_size)
+    discount = _discount(ratio, denoiser)
     if nelbo_triton.serves(logits):
-        statistics = nelbo_triton.row_statistics(logits, x_0, x_t, ratio)
+        statistics = nelbo_triton.row_statistics(logits, x_0, x_t, ratio, discount)
     else:
-        statistics = _row_statistics(logits, x_0, x_t, ratio, chunk_rows or _default_chunk_rows(logits))
+        statistics = _row_statistics(logits, x_0, x_t, ratio, discount, chunk_rows or _default_chunk_rows(logits))
     value = _value(statistics, alpha, x_0 == x_t, vocab_size)
     return value.to(_accumulation_dtype(logits)), statistics
 
 
 @_forward.register_fake
 def _(
-    logits: Tensor, x_0: Tensor, x_t: Tensor, alpha: Tensor, chunk_rows: int | None
+    logits: Tensor, x_0: Tensor, x_t: Tensor, alpha: Tensor, denoiser: bool, chunk_rows: int | None
 ) -> tuple[Float[Tensor, " n"], Statistics]:
     count = nelbo_triton.NUM_STATISTICS if nelbo_triton.serves(logits) else 4
     value = logits.new_empty(len(logits), dtype=_accumulation_dtype(logits))
@@ -207,8 +215,8 @@ def _(
 @torch.library.custom_op(
     "wellposed::uniform_nelbo_backward",
     mutates_args=(),
-    schema="(Tensor upstream, Tensor logits, Tensor x_0, Tensor x_t, Tensor alpha, Tensor statistics, int? chunk_rows)"
-    " -> Tensor",
+    schema="(Tensor upstream, Tensor logits, Tensor x_0, Tensor x_t, Tensor alpha, Tensor statistics, bool denoiser,"
+    " int? chunk_rows) -> Tensor",
 )
 def _backward(
     upstream: Float[Tensor, " n"],
@@ -217,6 +225,7 @@ def _backward(
     x_t: Int[Tensor, " n"],
     alpha: Float[Tensor, " n"],
     statistics: Statistics,
+    denoiser: bool,
     chunk_rows: int | None,
 ) -> Float[Tensor, "n vocab"]:
     vocab_size = logits.shape[-1]
@@ -241,9 +250,9 @@ def _backward(
         curvature = nelbo_triton.curvature(statistics)
         gradient = nelbo_triton.gradient(logits, statistics, total / ratio, slope, offset + per_q * curvature)
     else:
-        gradient, curvature = _gradient(
-            logits, x_0, total / ratio, slope, offset, per_q * ratio / total, chunk_rows or _default_chunk_rows(logits)
-        )
+        per_sum = per_q * ratio / total
+        discount, chunk_rows = _discount(ratio, denoiser), chunk_rows or _default_chunk_rows(logits)
+        gradient, curvature = _gradient(logits, x_0, x_t, discount, total / ratio, slope, offset, per_sum, chunk_rows)
         curvature = curvature * ratio / total
     # The two special tokens from scalars alone. x_0 last: where it is x_t, the other's formula does not hold.
     noisy = upstream * (p_t * (m * ratio * s_t - m * curvature - rest) + at_x_t)
@@ -263,19 +272,20 @@ def _(
     x_t: Tensor,
     alpha: Tensor,
     statistics: Tensor,
+    denoiser: bool,
     chunk_rows: int | None,
 ) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor, int | None], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.chunk_rows = inputs
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.denoiser, ctx.chunk_rows = inputs
     ctx.save_for_backward(*tensors, output[1])
     ctx.mark_non_differentiable(output[1])
 
 
 def _first_derivative(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    return _backward(upstream, *ctx.saved_tensors, ctx.chunk_rows), None, None, None, None
+    return _backward(upstream, *ctx.saved_tensors, ctx.denoiser, ctx.chunk_rows), *[None] * 5
 
 
 def _no_second_derivative(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
@@ -318,6 +328,11 @@ def _ratio(alpha: Tensor, vocab_size: int) -> Tensor:
     return vocab_size * alpha / (1 - alpha)
 
 
+def _discount(ratio: Tensor, denoiser: bool) -> Tensor | None:
+    """1 / R, by which a denoiser's probability of x_t is too large for the leave-one-out posterior."""
+    return 1 / (1 + ratio) if denoiser else None
+
+
 def _weight(alpha: Tensor, vocab_size: int) -> Tensor:
     """D = K q(x_0)."""
     return 1 - alpha + vocab_size * alpha
@@ -345,7 +360,12 @@ def _value(statistics: Statistics, alpha: Tensor, same: Tensor, vocab_size: int)
 
 
 def _row_statistics(
-    logits: Float[Tensor, "n vocab"], x_0: Int[Tensor, " n"], x_t: Int[Tensor, " n"], ratio: Tensor, chunk_rows: int
+    logits: Float[Tensor, "n vocab"],
+    x_0: Int[Tensor, " n"],
+    x_t: Int[Tensor, " n"],
+    ratio: Float[Tensor, " n"],
+    discount: Float[Tensor, " n"] | None,
+    chunk_rows: int,
 ) -> Statistics:
     count, vocab_size = logits.shape
     dtype = _accumulation_dtype(logits)
@@ -359,7 +379,7 @@ def _row_statistics(
         rows = slice(start, min(start + chunk_rows, count))
         size = rows.stop - start
         w, a, b = weights[:size], plain_sum[:size], joint[:size]
-        torch.softmax(logits[rows], dim=1, dtype=dtype, out=w)
+        _relative_probs(logits[rows], special[rows, 1:], None if discount is None else discount[rows], out=w)
         statistics[:2, rows] = w.gather(1, special[rows]).T
         w.scatter_(1, special[rows, :1], 0)
         # Not 1 minus something: the softmax's own sum is off by up to 5e-6, and a good model's miss is small.
@@ -375,18 +395,33 @@ def _row_statistics(
     return statistics
 
 
+def _relative_probs(
+    logits: Float[Tensor, "n vocab"],
+    x_t: Int[Tensor, "n 1"],
+    discount: Float[Tensor, " n"] | None,
+    *,
+    out: Float[Tensor, "n vocab"],
+) -> None:
+    """The leave-one-out posterior, up to a factor per row."""
+    torch.softmax(logits, dim=1, dtype=out.dtype, out=out)
+    if discount is not None:
+        out.scatter_(1, x_t, out.gather(1, x_t) * discount.to(out.dtype).unsqueeze(1))
+
+
 def _gradient(
     logits: Float[Tensor, "n vocab"],
     x_0: Int[Tensor, " n"],
+    x_t: Int[Tensor, " n"],
+    discount: Float[Tensor, " n"] | None,
     half_point: Float[Tensor, " n"],
     slope: Float[Tensor, " n"],
     offset: Float[Tensor, " n"],
-    per_q: Float[Tensor, " n"],
+    per_sum: Float[Tensor, " n"],
     chunk_rows: int,
 ) -> tuple[Float[Tensor, "n vocab"], Float[Tensor, " n"]]:
-    """``p_y (slope s_y - offset - per_q sum_y p_y s_y)`` for y other than x_0, and that sum over them.
+    """``p_y (slope s_y - offset - per_sum sum_y p_y s_y)`` for y other than x_0, and that sum over them.
 
-    ``s_y = p_y / (p_y + half_point)``, and p is the softmax as the row statistics have it.
+    ``s_y = p_y / (p_y + half_point)``, and p as the row statistics have it. (At x_t the caller knows better.)
     """
     count, vocab_size = logits.shape
     dtype = _accumulation_dtype(logits)
@@ -397,12 +432,12 @@ def _gradient(
     for start in range(0, count, chunk_rows):
         rows = slice(start, min(start + chunk_rows, count))
         p, s = buffers[:, : rows.stop - start]
-        torch.softmax(logits[rows], dim=1, dtype=dtype, out=p)
+        _relative_probs(logits[rows], x_t[rows].unsqueeze(1), None if discount is None else discount[rows], out=p)
         p.scatter_(1, x_0[rows].unsqueeze(1), 0)
         torch.add(p, half_point[rows].to(dtype).unsqueeze(1), out=s)
         torch.div(p, s, out=s)
         curvature[rows] = torch.linalg.vecdot(p, s)
-        shift = offset[rows] + per_q[rows] * curvature[rows]
+        shift = offset[rows] + per_sum[rows] * curvature[rows]
         s.mul_(slope[rows].to(dtype).unsqueeze(1)).sub_(shift.to(dtype).unsqueeze(1))
         gradient[rows] = s.mul_(p)
     return gradient, curvature

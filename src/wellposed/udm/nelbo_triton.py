@@ -35,7 +35,11 @@ def serves(logits: Tensor) -> bool:
 
 
 def row_statistics(
-    logits: Float[Tensor, "n vocab"], x_0: Int[Tensor, " n"], x_t: Int[Tensor, " n"], ratio: Float[Tensor, " n"]
+    logits: Float[Tensor, "n vocab"],
+    x_0: Int[Tensor, " n"],
+    x_t: Int[Tensor, " n"],
+    ratio: Float[Tensor, " n"],
+    discount: Float[Tensor, " n"] | None,
 ) -> Float[Tensor, "scalars n"]:
     """What ``nelbo`` needs of each row: probabilities of x_0, of x_t and of all tokens but x_0, relative to the most
     probable one; sums over all but x_0 of ``w - log(1 + w)`` and of ``w^2 / (1 + w)``; the largest logit.
@@ -45,18 +49,23 @@ def row_statistics(
         x_0: clean tokens.
         x_t: noisy tokens.
         ratio: w over the probability, float64.
+        discount: a factor on the probability of x_t; None is 1.
     """
     count, vocab_size = logits.shape
     logits = _with_dense_rows(logits)
-    special = logits.gather(1, torch.stack([x_0, x_t], dim=1)).float()
+    tokens = torch.stack([x_0, x_t], dim=1)
+    special = logits.gather(1, tokens).float()
+    scalars = torch.stack([ratio, torch.ones_like(ratio) if discount is None else discount]).float()
     sums = logits.new_empty(4, count, dtype=torch.float32)
     if count:
         with torch.cuda.device_of(logits):
             _STATISTICS[(count,)](
-                logits, logits.stride(0), x_0, special, ratio.float(), sums, count, vocab_size, **_launch(vocab_size)
+                logits, logits.stride(0), tokens, special, scalars, sums, count, vocab_size, **_launch(vocab_size)
             )
     *parts, peak = sums
     kept, seen = (special - peak.unsqueeze(1)).exp().T
+    if discount is not None:
+        kept, seen = kept * torch.where(x_0 == x_t, scalars[1], 1), seen * scalars[1]
     return torch.stack([kept, seen, *parts, peak]).double()
 
 
@@ -99,9 +108,9 @@ def _launch(vocab_size: int) -> dict[str, Any]:
 def _sweep(
     logits,  # noqa: ANN001
     stride,  # noqa: ANN001
-    x_0,  # noqa: ANN001
+    tokens,  # noqa: ANN001
     special,  # noqa: ANN001
-    ratio,  # noqa: ANN001
+    scalars,  # noqa: ANN001
     sums,  # noqa: ANN001
     count,  # noqa: ANN001
     vocab_size,  # noqa: ANN001
@@ -109,8 +118,10 @@ def _sweep(
 ) -> None:
     row = tl.program_id(0)
     own = logits + row.to(tl.int64) * stride
-    clean = tl.load(x_0 + row)
+    clean = tl.load(tokens + 2 * row)
+    noisy = tl.load(tokens + 2 * row + 1)
     clean_logit = tl.load(special + 2 * row)
+    discount = tl.load(scalars + count + row)
     lanes = tl.arange(0, BLOCK)
     # Not -inf, from which -inf could not be subtracted.
     peak = tl.maximum(clean_logit, -3.0e38)
@@ -120,16 +131,17 @@ def _sweep(
         chosen = (token < vocab_size) & (token != clean)
         z = tl.load(own + token, mask=chosen, other=float("-inf")).to(tl.float32)
         higher = tl.maximum(peak, tl.max(z, 0))
-        others = others * tl.exp(peak - higher) + tl.sum(tl.exp(z - higher), 0)
+        p = tl.exp(z - higher) * tl.where(token == noisy, discount, 1.0)
+        others = others * tl.exp(peak - higher) + tl.sum(p, 0)
         peak = higher
-    scale = tl.load(ratio + row) / (others + tl.exp(clean_logit - peak))
+    scale = tl.load(scalars + row) / (others + tl.exp(clean_logit - peak) * tl.where(clean == noisy, discount, 1.0))
     excess = tl.zeros([BLOCK], dtype=tl.float32)
     curved = tl.zeros([BLOCK], dtype=tl.float32)
     for start in range(0, vocab_size, BLOCK):
         token = start + lanes
         chosen = (token < vocab_size) & (token != clean)
         z = tl.load(own + token, mask=chosen, other=float("-inf")).to(tl.float32)
-        w = tl.exp(z - peak) * scale
+        w = tl.exp(z - peak) * tl.where(token == noisy, discount, 1.0) * scale
         # log(1 + w) = 2 artanh s: below 1/2 its series leaves w - log(1 + w) all digits.
         s = w / (2 + w)
         square = s * s
