@@ -22,6 +22,9 @@ SAVED_CLASSES: dict[str, str] = {
     "LanczosDDPMPipeline": "wellposed.lgs.pipeline",
     "LanczosDDPMScheduler": "wellposed.lgs.scheduler",
     "LanczosFlowMatchScheduler": "wellposed.lgs.scheduler",
+    "LeaveOneOutDDIMScheduler": "wellposed.udm.scheduler",
+    "UniformDiffusionPipeline": "wellposed.udm.pipeline",
+    "UniformDiffusionScheduler": "wellposed.udm.scheduler",
     "UniformDiffusionTransformerModel": "wellposed.udm.transformer",
 }
 """Every class whose name is written into checkpoints, and the module that holds it today. A class may move; its name

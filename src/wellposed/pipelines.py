@@ -1,5 +1,6 @@
 """Pipelines of our own; most methods need none and work in the stock ones (``wellposed.hooks``)."""
 
 from wellposed.lgs.pipeline import LanczosDDPMPipeline
+from wellposed.udm.pipeline import UniformDiffusionPipeline
 
-__all__ = ["LanczosDDPMPipeline"]
+__all__ = ["LanczosDDPMPipeline", "UniformDiffusionPipeline"]

@@ -1,5 +1,11 @@
 """Schedulers, to be used wherever a diffusers scheduler is."""
 
 from wellposed.lgs.scheduler import LanczosDDPMScheduler, LanczosFlowMatchScheduler
+from wellposed.udm.scheduler import LeaveOneOutDDIMScheduler, UniformDiffusionScheduler
 
-__all__ = ["LanczosDDPMScheduler", "LanczosFlowMatchScheduler"]
+__all__ = [
+    "LanczosDDPMScheduler",
+    "LanczosFlowMatchScheduler",
+    "LeaveOneOutDDIMScheduler",
+    "UniformDiffusionScheduler",
+]
