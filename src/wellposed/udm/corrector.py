@@ -97,13 +97,14 @@ class Corrector:
 
 
 def selection_scores(prediction: Prediction, selection: Selection) -> Float[Tensor, " rows"]:
-    """How much each row wants to be resampled, from its leave-one-out logits.
+    """How much each row wants to be resampled, from its leave-one-out posterior.
 
     From two numbers a row, the own token's probability and the best other one's: g is monotone in pi.
     """
-    logits, tokens = prediction.logits, prediction.tokens
+    tokens = prediction.tokens
     if selection == "random":
         return torch.zeros(len(tokens), dtype=torch.float32, device=tokens.device)
+    logits = prediction.leave_one_out().logits
     odds = log_odds(prediction.alpha, prediction.vocab_size).to(tokens.device)
     scores = torch.empty(len(tokens), dtype=at_least_float32(logits[:0]).dtype, device=tokens.device)
     chunk = rows_at_once(logits)
