@@ -81,9 +81,17 @@ class Recorder:
         return self.wrap(torch.zeros(*shape, 5))
 
 
-@pytest.mark.parametrize(
-    "wrap", [lambda logits: logits, lambda logits: (logits, "more"), lambda logits: Output(logits)], ids=str
-)
+class Output(SimpleNamespace):
+    """As diffusers' outputs: its first entry is the logits."""
+
+    def __init__(self, logits):
+        super().__init__(logits=logits)
+
+    def __getitem__(self, index):
+        return (self.logits,)[index]
+
+
+@pytest.mark.parametrize("wrap", [lambda logits: logits, lambda logits: (logits, "more"), Output], ids=str)
 def test_a_network_is_told_what_there_is(wrap):
     state, alpha = TokenState(tokens=torch.tensor([[0, 1, 2]])), one(0.5)
     network = Recorder(wrap)
@@ -112,13 +120,3 @@ def test_a_network_is_told_what_there_is(wrap):
 
     NetworkModel(network=network, kind="denoiser", knows_given=False)(state, alpha, given=given)
     assert "given" not in network.inputs
-
-
-class Output(SimpleNamespace):
-    """As diffusers' outputs: its first entry is the logits."""
-
-    def __init__(self, logits):
-        super().__init__(logits=logits)
-
-    def __getitem__(self, index):
-        return (self.logits,)[index]
