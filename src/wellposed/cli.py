@@ -27,10 +27,11 @@ FAILED, MISUSED, INTERRUPTED = 1, 2, 130
 DESCRIPTION = f"""Exact counterparts for the underspecified defaults of diffusion models.
 
 First steps: `wellposed demo` measures everything on a laptop in minutes; `wellposed list` shows the recipes;
-`wellposed train lgs_tiny` runs the smallest.
+`wellposed train lgs_tiny` and `wellposed train udm_tiny` run the smallest.
 
-Files of yours (published weights, data) are looked for in $WELLPOSED_DATA, else in data/. Nothing is downloaded. Exit
-codes: 0 done, 1 failed, 2 misused, 130 interrupted. Set {TRACEBACK_VARIABLE}=1 to see where an error comes from."""
+Files of yours (published weights, data) are looked for in $WELLPOSED_DATA, else in data/. Nothing is downloaded but
+what a recipe takes from the hub, which its line in the list says. Exit codes: 0 done, 1 failed, 2 misused, 130
+interrupted. Set {TRACEBACK_VARIABLE}=1 to see where an error comes from."""
 
 RECIPES_OWN = "(default: the recipe's)"
 
