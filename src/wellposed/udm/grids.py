@@ -37,8 +37,8 @@ def alpha_grid(
         early_stop: noise time at which the geometric grid takes its last step.
 
     Raises:
-        ValueError: fewer than one step, an unknown spacing, or a schedule that ends at alpha = 0, where a network
-            conditioned on -log alpha has no input.
+        ValueError: fewer than one step, an unknown spacing, an early stop that does not come before the start, or a
+            schedule that ends at alpha = 0, where a network conditioned on -log alpha has no input.
     """
     if num_inference_steps < 1:
         raise ValueError(f"num_inference_steps is {num_inference_steps}; give at least 1")
@@ -50,6 +50,8 @@ def alpha_grid(
         noise = float(-schedule.alpha(1.0).log())
         if noise == float("inf"):
             raise ValueError("the schedule ends at alpha = 0; give it a small remainder, e.g. Linear(eps=1e-3)")
+        if not 0 < early_stop < noise:
+            raise ValueError(f"early_stop is {early_stop}; write a noise time between 0 and -log alpha(1) = {noise:g}")
         grid = torch.exp(-_geometric_noise(noise, num_inference_steps, early_stop))
     else:
         raise ValueError(f"spacing is {spacing!r}; write 'linear' or 'geometric'")

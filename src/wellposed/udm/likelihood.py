@@ -82,12 +82,14 @@ def likelihood_bound(
         complete: whether to measure the remaining terms; for uniform noise only, where the prior term is finite.
 
     Raises:
-        ValueError: no sequences, or ``complete`` for a masked kernel: a prior of masks alone gives no mass to a token
-            that survives to the end.
+        ValueError: no sequences, or ``complete`` for a masked or absorbing kernel: a prior in which nothing is revealed
+            gives no mass to a token that survives to the end.
     """
     schedule = schedule or Linear(eps=T_MIN)
-    if complete and kernel.channel == "masked":
-        raise ValueError("a masked kernel with alpha(1) > 0 has an infinite prior term; its bound stops at diffusion")
+    if complete and kernel.channel != "uniform":
+        raise ValueError(
+            f"{type(kernel).__name__} with alpha(1) > 0 has an infinite prior term; its bound stops at diffusion"
+        )
     body: list[Tensor] = []
     slab: list[Tensor] = []
     tokens = 0

@@ -137,8 +137,10 @@ class TableModel:
         valid: Bool[Tensor, "batch length"] | None = None,
         rows: Bool[Tensor, "batch length"] | None = None,
     ) -> Prediction:
-        """See ``TokenModel``; given positions are observed clean."""
+        """See ``TokenModel``; given positions are observed clean, padding is not observed."""
         likelihood = self.kernel.likelihood(state, alpha)
+        if valid is not None:
+            likelihood = likelihood.masked_fill(~valid.unsqueeze(-1), 1.0)
         if given is not None:
             clean = state.tokens.masked_fill(~given, 0)
             certain = torch.nn.functional.one_hot(clean, self.kernel.vocab_size).to(likelihood.dtype)

@@ -13,7 +13,7 @@ from wellposed.udm.draws import Generators
 from wellposed.udm.kernels import Kernel, TokenState
 from wellposed.udm.models import TokenModel
 from wellposed.udm.remasking import remasking_step
-from wellposed.udm.steps import SamplingRecord, SamplingSettings, ancestral_step, confidence_step
+from wellposed.udm.steps import SamplingRecord, SamplingSettings, ancestral_step, confidence_step, free_positions
 
 __all__ = ["StepCallback", "sample", "split_budget"]
 
@@ -52,7 +52,7 @@ def sample(
     generator: Generators = None,
     on_step: StepCallback | None = None,
 ) -> tuple[Int[Tensor, "batch length"], SamplingRecord]:
-    """Clean tokens for the free positions of a canvas.
+    """Clean tokens for the free positions of a canvas; given tokens and padding come back as they were.
 
     Args:
         model: of the clean tokens.
@@ -68,10 +68,11 @@ def sample(
         on_step: called with (index, state) after each step; may return another state.
 
     Raises:
-        ValueError: a grid that does not rise to 1, tokens outside the vocabulary, a corrector or strategy that does not
-            apply to the kernel.
+        ValueError: a grid that does not rise to 1, tokens outside the vocabulary, masks of another shape, a corrector
+            or strategy that does not apply to the kernel.
     """
     grid = _checked_grid(alphas, sigmas)
+    free = free_positions(canvas)
     if strategy == "confidence" and (kernel.channel != "uniform" or corrector is not None or sigmas is not None):
         raise ValueError(
             f"the confidence sampler is for uniform noise, without corrector and revision; the kernel is "
@@ -133,7 +134,7 @@ def sample(
             record.corrections += record.evaluations - before
         if on_step is not None:
             state = on_step(index, state) or state
-    return state.tokens, record
+    return torch.where(free, state.tokens, canvas.tokens), record
 
 
 def _checked_grid(alphas: Tensor, sigmas: Tensor | None) -> Float[Tensor, " points"]:

@@ -97,7 +97,17 @@ class Plugged:
 
 
 def free_positions(canvas: TextBatch) -> Bool[Tensor, "batch length"]:
-    """Positions to be written: neither given nor padding."""
+    """Positions to be written: neither given nor padding.
+
+    Raises:
+        ValueError: masks of another shape than the tokens.
+    """
+    for name, mask in (("given", canvas.given), ("valid", canvas.valid)):
+        # Another shape could broadcast: the same clues for every sequence, unasked.
+        if mask is not None and mask.shape != canvas.tokens.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(mask.shape)}; expected that of the tokens, {tuple(canvas.tokens.shape)}"
+            )
     free = torch.ones_like(canvas.tokens, dtype=torch.bool)
     if canvas.given is not None:
         free = free & ~canvas.given
