@@ -24,7 +24,7 @@ from wellposed.recipes.text_recipe import (
     TextSets,
     TransformerSettings,
 )
-from wellposed.recipes.text_train import _sets
+from wellposed.recipes.text_train import _keep_tokenizer, _sets
 from wellposed.recipes.udm import udm_sudoku_tiny, udm_tiny, with_head, with_kernel, with_loss
 from wellposed.udm.pipeline import UniformDiffusionPipeline
 
@@ -265,6 +265,7 @@ def test_solved_puzzles_are_counted() -> None:
 def test_other_processes_take_the_main_ones_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = RunFolder(tmp_path)
     made = _sets(small_text(), run)
+    _keep_tokenizer(run, made)
     monkeypatch.setenv("RANK", "1")
     read = _sets(small_text(), run)
     assert tokenizer_fingerprint(read.tokenizer) == tokenizer_fingerprint(made.tokenizer)

@@ -7,8 +7,8 @@ is scored, with the figure to expect. It trains, samples and scores itself::
     recipe.train("runs/digits")
     recipe.sample("runs/digits", count=16)
 
-There is a class for each kind: :class:`DDPMRecipe` ends in images. To vary a recipe, write a function that takes one
-and replaces fields::
+There is a class for each kind: :class:`DDPMRecipe` ends in images, :class:`TextRecipe` in texts. To vary a recipe,
+write a function that takes one and replaces fields::
 
     from dataclasses import replace
 
@@ -35,6 +35,15 @@ from wellposed.recipes.recipe import (
     TrainedRun,
     TrainingSettings,
 )
+from wellposed.recipes.text_recipe import (
+    LanguageEvaluation,
+    PromptSettings,
+    SudokuEvaluation,
+    TextRecipe,
+    TextSamplingSettings,
+    TextSets,
+    TransformerSettings,
+)
 
 __all__ = [
     "RECIPES",
@@ -43,12 +52,19 @@ __all__ = [
     "FIDEvaluation",
     "FeatureEvaluation",
     "ImageSamplingSettings",
+    "LanguageEvaluation",
+    "PromptSettings",
     "PublishedWeights",
     "Recipe",
     "RequiredFile",
     "ScoreTable",
+    "SudokuEvaluation",
+    "TextRecipe",
+    "TextSamplingSettings",
+    "TextSets",
     "TrainedRun",
     "TrainingSettings",
+    "TransformerSettings",
     "recipe_named",
     "recipe_of",
 ]

@@ -55,6 +55,7 @@ def training_config(
         log_every=settings.log_every,
         seed=seed,
         sharding=settings.sharding,
+        compile=settings.compile,
         device=device,
         progress=progress,
     )

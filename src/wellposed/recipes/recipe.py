@@ -81,6 +81,7 @@ class TrainingSettings:
         samples_at_a_time: most samples that a rank computes at once; it accumulates the gradient of more. None for no
             limit.
         sharding: with several ranks, "ddp" copies the network to each, "fsdp2" spreads it over them.
+        compile: ``torch.compile`` the network.
         checkpoint_every: steps between checkpoints; each also exports the pipeline and draws samples.
         log_every: steps between lines of ``metrics.jsonl``.
     """
@@ -96,6 +97,7 @@ class TrainingSettings:
     precision: Literal["fp32", "bf16"] = "fp32"
     samples_at_a_time: int | None = None
     sharding: Literal["ddp", "fsdp2"] = "ddp"
+    compile: bool = False
     checkpoint_every: int = 10_000
     log_every: int = 50
 

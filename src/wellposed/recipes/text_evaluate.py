@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from wellposed.batches import TextBatch
 from wellposed.data.sudoku import SudokuPuzzles, is_solution
 from wellposed.evaluation.text import GenerativePerplexity, LanguageScorer, generative_perplexity
 from wellposed.recipes.device import resolved_device
@@ -166,7 +167,7 @@ class _Bench:
         if isinstance(recipe.evaluation, LanguageEvaluation):
             judge = recipe.evaluation.judge(sets)
             numbers = range(min(count, len(sets.validation)))
-            real = _judged(judge, sets.tokenizer, sets.validation.batch(numbers).tokens)
+            real = _judged(judge, sets.tokenizer, sets.validation.batch(numbers))
         return cls(
             recipe=recipe,
             network=network,
@@ -220,7 +221,7 @@ class _Bench:
         if self.judge is None:
             puzzles = self.sets.validation
             return solved(puzzles, tokens), None, "puzzles solved", {"puzzles": puzzles.name, "count": len(tokens)}
-        score = _judged(self.judge, self.sets.tokenizer, tokens)
+        score = _judged(self.judge, self.sets.tokenizer, TextBatch(tokens=tokens))
         card = {"judge": score.scorer, **score.scorer_card, "length": score.length, "count": len(tokens)}
         return score.value, score.entropy, "generative perplexity", card
 
@@ -231,9 +232,9 @@ def solved(puzzles: SudokuPuzzles, tokens: Int[Tensor, "batch length"]) -> float
     return float(is_solution(puzzles.grids(tokens), asked).double().mean())
 
 
-def _judged(judge: LanguageScorer, tokenizer: Any, tokens: Int[Tensor, "batch length"]) -> GenerativePerplexity:
-    texts = written(tokenizer, tokens) if judge.reads == "texts" else None
-    return generative_perplexity(tokens, judge, texts=texts)
+def _judged(judge: LanguageScorer, tokenizer: Any, batch: TextBatch) -> GenerativePerplexity:
+    texts = written(tokenizer, batch.tokens) if judge.reads == "texts" else None
+    return generative_perplexity(batch.tokens, judge, texts=texts, valid=batch.valid)
 
 
 def _sampler(sampling: TextSamplingSettings) -> dict[str, Any]:

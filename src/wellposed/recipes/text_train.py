@@ -80,6 +80,7 @@ def train_texts(
     )
     if is_main_process():
         write_json(run.settings_file, settings)
+        _keep_tokenizer(run, sets)
     objective = token_objective(
         kernel_named(recipe.kernel, vocab_size),
         head=recipe.head,
@@ -118,19 +119,22 @@ def validation_bound(
 def _sets(recipe: TextRecipe, run: RunFolder) -> TextSets:
     """The data, tokenized by the one tokenizer that the run keeps.
 
-    The main process makes it, and whatever is kept on disk with it; the others wait and read.
+    The main process makes it, and with it whatever is kept on disk; the others wait for it.
     """
     made = run.tokenizer / "tokenizer.json"
     if is_main_process() and not made.is_file():
-        sets = recipe.sets()
-        # Before the tokenizer is there for the others to see: what is kept on disk has one writer.
-        _ = sets.train, sets.validation
-        with replaced_folder(run.tokenizer) as fresh:
-            sets.tokenizer.save_pretrained(fresh)
-        return sets
+        return recipe.sets()
     while not made.is_file():
         time.sleep(SECONDS_BETWEEN_LOOKS)
     return recipe.sets(pretrained_tokenizer(run.tokenizer))
+
+
+def _keep_tokenizer(run: RunFolder, sets: TextSets) -> None:
+    """For the other processes and for a resume; last, because the others take it for the sign that all is there."""
+    _ = sets.train, sets.validation
+    if not run.tokenizer.is_dir():
+        with replaced_folder(run.tokenizer) as fresh:
+            sets.tokenizer.save_pretrained(fresh)
 
 
 def _with_prompts(recipe: TextRecipe, dataset: TextDataset, seed: int) -> TextDataset:
