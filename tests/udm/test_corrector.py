@@ -56,7 +56,7 @@ def brute_scores(g, tokens, selection):
     return {"lowest_log_margin": other - own, "lowest_maxprob": -log_g.amax(-1), "lowest_current_prob": -own}[selection]
 
 
-def transitions(enumeration, scripted, world, model, settings, *, given=None):
+def transitions(enumeration, scripted, world, model, settings, *, given=None, probes=40):
     """P(sequence after one correction | sequence before), of one chosen position after the other.
 
     The numbers that choose the position are set; the others are integrated over; the weights of the choice are the
@@ -82,7 +82,7 @@ def transitions(enumeration, scripted, world, model, settings, *, given=None):
             return enumeration.index_of(after, world.vocab_size)
 
         numbers = 3 if settings.metropolis else 2
-        law = enumeration.law_of_draws(outcome, states, numbers, outcomes=states, probes=128)
+        law = enumeration.law_of_draws(outcome, states, numbers, outcomes=states, probes=probes)
         matrix += weights[:, i, None] * law
     return matrix
 
@@ -148,7 +148,7 @@ def test_a_chosen_position_is_drawn_from_its_exact_conditional(world, oracle_of,
     ("settings", "error"),
     [
         (Corrector(steps=1, k=1, selection="random"), 0.0),
-        *((Corrector(steps=1, k=1, selection=s, metropolis=True), 0.0) for s in INFORMED),
+        *((Corrector(steps=1, k=1, selection=s, metropolis=True), 0.0) for s in INFORMED[1:]),
         (Corrector(steps=1, k=1, selection="lowest_log_margin", metropolis=True, selection_temperature=0.5), 0.0),
         *((Corrector(steps=1, k=1, selection=s), 1e-3) for s in INFORMED),
     ],
@@ -174,14 +174,14 @@ def test_identity_19_what_leaves_the_marginal_alone(world, oracle_of, enumeratio
 
 @pytest.mark.parametrize("k", [1, 2])
 def test_identity_19_with_random_numbers(world, oracle_of, enumeration, k):
-    """2e5 sequences in the exact proportions of p_s, three corrections: what stays and what does not."""
+    """2e5 sequences in the exact proportions of p_s, two corrections: what stays and what does not."""
     p_s = world.marginal(enumeration.uniform_channel(ALPHA, 3))
     counts = (p_s * 200_000).round().long()
     tokens = world.sequences.repeat_interleave(counts, 0)
     model = TableModel(oracle=oracle_of(world), kernel=KERNEL)
-    cases = [Corrector(steps=3, k=k, selection="random"), Corrector(steps=3, k=k)]
+    cases = [Corrector(steps=2, k=k, selection="random"), Corrector(steps=2, k=k)]
     if k == 1:
-        cases.append(Corrector(steps=3, k=1, metropolis=True))
+        cases.append(Corrector(steps=2, k=1, metropolis=True))
     for settings in cases:
         after = run(model, tokens, settings, generator=torch.Generator().manual_seed(0))
         moved = enumeration.total_variation(enumeration.law_of(after, 3), p_s)
@@ -217,7 +217,7 @@ def test_corrections_are_exact_given_a_clue(oracle_of, enumeration, scripted, se
     q = enumeration.uniform_channel(ALPHA, 2)
     law = torch.einsum("abc,ax,cz->xbz", world.table, q, q)
     law = law / law.sum((0, 2), keepdim=True)  # conditional on the clue, for either
-    matrix = transitions(enumeration, scripted, world, model, settings, given=given)
+    matrix = transitions(enumeration, scripted, world, model, settings, given=given, probes=128)
     torch.testing.assert_close(law.flatten() @ matrix, law.flatten(), **CLOSE)
     for before, after in itertools.product(range(8), repeat=2):
         if world.sequences[before, 1] != world.sequences[after, 1]:
