@@ -134,8 +134,11 @@ def test_texts_and_what_checkpoints_measured_are_shown(tmp_path):
 def test_a_text_is_set_line_by_line():
     picture = text_picture("def f(x):\n    return x < 1\n\n" + "a" * 200 + "\x00")
     root = ElementTree.fromstring(picture.data)
-    lines = [element.text or "" for element in root.iter("{http://www.w3.org/2000/svg}text")]
-    assert lines == ["def f(x):", "    return x < 1", "", "a" * 96, "a" * 96, "a" * 8 + "\N{REPLACEMENT CHARACTER}"]
+    lines = [
+        (element.text or "").replace("\N{NO-BREAK SPACE}", " ")
+        for element in root.iter("{http://www.w3.org/2000/svg}text")
+    ]
+    assert lines == ["def f(x):", "    return x < 1", "", "a" * 72, "a" * 72, "a" * 56 + "\N{REPLACEMENT CHARACTER}"]
     assert (root.get("width"), root.get("height")) == (str(picture.width), str(picture.height))
     many = ElementTree.fromstring(text_picture("line\n" * 100).data)
     lines = [element.text for element in many.iter("{http://www.w3.org/2000/svg}text")]

@@ -28,7 +28,7 @@ CURVES = ("loss", "nelbo")
 MOST_POINTS = 400
 MOST_PICTURES = 4
 MOST_TEXTS = 2
-MOST_LINES, MOST_COLUMNS = 48, 96
+MOST_LINES, COLUMNS = 48, 72
 LINE_HEIGHT, COLUMN_WIDTH, MARGIN = 17, 7.3, 10
 WRAPPING: dict[str, Any] = {"replace_whitespace": False, "drop_whitespace": False, "expand_tabs": True}
 
@@ -239,10 +239,11 @@ def _samples_figure(run: str, samples: Sequence[tuple[str, Picture, str]]) -> Fi
 
 def text_picture(text: str) -> Picture:
     """The first lines of a text as a picture, in the browser's own fixed-width type: spaces are part of a sample."""
-    lines = [part for line in text.splitlines() for part in textwrap.wrap(line, MOST_COLUMNS, **WRAPPING) or [""]]
+    lines = [part for line in text.splitlines() for part in textwrap.wrap(line, COLUMNS, **WRAPPING) or [""]]
     if len(lines) > MOST_LINES:
         lines = [*lines[: MOST_LINES - 1], "…"]
-    width = round(2 * MARGIN + COLUMN_WIDTH * max((len(line) for line in lines), default=0))
+    # As wide for short lines as for long ones: the page scales pictures, and letters should come out alike.
+    width = round(2 * MARGIN + COLUMN_WIDTH * COLUMNS)
     height = 2 * MARGIN + LINE_HEIGHT * max(1, len(lines))
     rows = "".join(
         f'<text x="{MARGIN}" y="{MARGIN + LINE_HEIGHT * (number + 0.75):g}">{escape(_printable(line))}</text>'
@@ -251,14 +252,15 @@ def text_picture(text: str) -> Picture:
     svg = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">'
         f'<rect width="100%" height="100%" fill="#f5f8fb"/><g fill="{INK}" font-family="ui-monospace, Menlo, Consolas, '
-        f'DejaVu Sans Mono, monospace" font-size="12" style="white-space: pre">{rows}</g></svg>'
+        f'DejaVu Sans Mono, monospace" font-size="12">{rows}</g></svg>'
     )
     return Picture(data=svg.encode(), media_type="image/svg+xml", width=width, height=height)
 
 
 def _printable(line: str) -> str:
-    """Without the control characters that XML refuses."""
-    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in line)
+    """Without the control characters that XML refuses, and with spaces that no browser runs together."""
+    shown = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in line)
+    return shown.replace(" ", "\N{NO-BREAK SPACE}")
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Cell]:
