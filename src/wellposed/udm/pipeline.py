@@ -170,17 +170,17 @@ class UniformDiffusionPipeline(DiffusionPipeline):
     ) -> None:
         super().__init__()
         network = cast(Any, transformer.config)
-        if not isinstance(scheduler, UniformDiffusionScheduler):
-            scheduler = UniformDiffusionScheduler.from_config(scheduler.config)
-        if cast(Any, scheduler.config).prediction_kind != network.prediction_kind:
-            scheduler = type(scheduler).from_config(scheduler.config, prediction_kind=network.prediction_kind)
-        _check_fit(network, scheduler.kernel(network.vocab_size), cast(Any, scheduler.config).kernel)
+        own = scheduler if isinstance(scheduler, UniformDiffusionScheduler) else None
+        if own is None or cast(Any, own.config).prediction_kind != network.prediction_kind:
+            kind = UniformDiffusionScheduler if own is None else type(own)
+            own = cast(Any, kind).from_config(scheduler.config, prediction_kind=network.prediction_kind)
+        _check_fit(network, own.kernel(network.vocab_size), cast(Any, own.config).kernel)
         if tokenizer is not None and len(tokenizer) != network.vocab_size:
             raise ValueError(
                 f"the tokenizer has {len(tokenizer)} tokens and the transformer writes {network.vocab_size}: one of "
                 "them belongs to another checkpoint"
             )
-        self.register_modules(transformer=transformer, scheduler=scheduler, tokenizer=tokenizer)
+        self.register_modules(transformer=transformer, scheduler=own, tokenizer=tokenizer)
 
     @torch.no_grad()
     def __call__(
