@@ -215,7 +215,11 @@ class TokenOracle:
     def posterior(
         self, likelihood: Float[Tensor, "batch length vocab"], *, leave_one_out: bool
     ) -> Float[Tensor, "batch length vocab"]:
-        """p(x_0 = k at i | all positions), or | all positions but i."""
+        """p(x_0 = k at i | all positions), or | all positions but i.
+
+        Raises:
+            ValueError: something that no sequence explains, which has no posterior.
+        """
         each = self._log_likelihoods(likelihood)
         if leave_one_out:
             # From both sides instead of total minus own, which is inf - inf where a position is certain.
@@ -226,6 +230,11 @@ class TokenOracle:
         else:
             log_weight = each.sum(-1, keepdim=True).expand(each.shape)
         weight = (log_weight + self.weights.log()[:, None]).softmax(1)
+        if bool(weight.isnan().any()):
+            raise ValueError(
+                "what is seen is impossible under every sequence of the oracle; give all sequences some weight "
+                "(positions revealed in parallel may contradict each other)"
+            )
         index = self.sequences.T.expand(len(likelihood), -1, -1)
         return torch.zeros_like(likelihood).scatter_add(-1, index, weight.transpose(1, 2))
 
