@@ -5,7 +5,7 @@ import torch
 from torch.autograd.functional import jacobian
 
 from wellposed.denoisers import Denoiser
-from wellposed.oracles import FiniteDataOracle, GaussianMixtureOracle, gaussian_oracle
+from wellposed.oracles import FiniteDataOracle, GaussianMixtureOracle, TokenOracle, gaussian_oracle
 from wellposed.paths import Cosine, GaussianPath, RectifiedFlow, VarianceExploding, VariancePreserving
 
 PATHS = [VariancePreserving(Cosine()), VarianceExploding(), RectifiedFlow()]
@@ -192,3 +192,101 @@ def test_bad_mixtures_are_refused(change: dict, message: str) -> None:
     }
     with pytest.raises(ValueError, match=message):
         GaussianMixtureOracle(**{**good, **change})
+
+
+def token_oracle(length: int = 3, size: int = 3, seed: int = 0) -> TokenOracle:
+    table = torch.rand((size,) * length, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return TokenOracle.from_table(table / table.sum())
+
+
+def likelihoods(batch: int, length: int, size: int, seed: int = 1) -> torch.Tensor:
+    """Any: of what is seen at each position, for every clean token there."""
+    return torch.rand(batch, length, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_tokens_of_a_table_are_all_its_sequences() -> None:
+    oracle = token_oracle()
+    table = oracle.weights.view(3, 3, 3)
+    for sequence, weight in zip(oracle.sequences.tolist(), oracle.weights.tolist(), strict=True):
+        assert float(table[tuple(sequence)]) == weight
+    assert oracle.vocab_size == 3
+    single = TokenOracle.from_table(torch.tensor([0.25, 0.75]).double())
+    assert single.sequences.tolist() == [[0], [1]]
+
+
+def test_token_posteriors_are_bayes_rule() -> None:
+    """Summed over all sequences one by one, for arbitrary likelihoods, with and without the own position."""
+    oracle, seen = token_oracle(), likelihoods(5, 3, 3)
+    denoiser, loo = (oracle.posterior(seen, leave_one_out=leave) for leave in (False, True))
+    for row in range(5):
+        for i in range(3):
+            whole, without = torch.zeros(3).double(), torch.zeros(3).double()
+            for z, weight in zip(oracle.sequences.tolist(), oracle.weights.tolist(), strict=True):
+                others = math.prod(float(seen[row, j, z[j]]) for j in range(3) if j != i)
+                without[z[i]] += weight * others
+                whole[z[i]] += weight * others * float(seen[row, i, z[i]])
+            torch.testing.assert_close(denoiser[row, i], whole / whole.sum(), rtol=1e-12, atol=0)
+            torch.testing.assert_close(loo[row, i], without / without.sum(), rtol=1e-12, atol=0)
+        evidence = torch.tensor(
+            [
+                weight * math.prod(float(seen[row, j, z[j]]) for j in range(3))
+                for z, weight in zip(oracle.sequences.tolist(), oracle.weights.tolist(), strict=True)
+            ]
+        )
+        assert float(oracle.log_prob(seen)[row]) == pytest.approx(math.log(float(evidence.sum())), rel=1e-6)
+
+
+def test_a_leave_one_out_posterior_does_not_see_its_own_position() -> None:
+    """Not even where that is certain, which total minus own would turn into inf - inf."""
+    oracle, seen = token_oracle(), likelihoods(4, 3, 3)
+    expected = oracle.posterior(seen, leave_one_out=True)
+    for i in range(3):
+        for own in (likelihoods(4, 3, 3, seed=5)[:, i], torch.eye(3).double()[[0, 1, 2, 0]]):
+            changed = seen.clone()
+            changed[:, i] = own
+            posterior = oracle.posterior(changed, leave_one_out=True)
+            torch.testing.assert_close(posterior[:, i], expected[:, i], rtol=1e-12, atol=0)
+            assert not torch.allclose(posterior[:, (i + 1) % 3], expected[:, (i + 1) % 3], rtol=1e-3)
+    # A certain position is certain in the denoiser.
+    seen[:, 1] = torch.tensor([0.0, 1.0, 0.0])
+    certain = torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64).expand(4, -1)
+    torch.testing.assert_close(oracle.posterior(seen, leave_one_out=False)[:, 1], certain, rtol=1e-14, atol=0)
+
+
+def test_long_sequences_of_tokens_do_not_underflow() -> None:
+    """1000 positions, two sequences: the log-odds add up."""
+    oracle = TokenOracle(
+        sequences=torch.tensor([[0] * 1000, [1] * 1000]),
+        weights=torch.tensor([0.5, 0.5], dtype=torch.float64),
+        vocab_size=2,
+    )
+    seen = torch.full((1, 1000, 2), 1e-3, dtype=torch.float64)
+    seen[:, :, 1] = 1e-3 * math.exp(0.01)
+    probs = oracle.posterior(seen, leave_one_out=True)
+    assert float(probs[0, 500, 1]) == pytest.approx(1 / (1 + math.exp(-0.01 * 999)), rel=1e-12)
+    assert float(oracle.log_prob(seen)) == pytest.approx(1000 * math.log(1e-3) + math.log((1 + math.exp(10)) / 2))
+
+
+def test_token_entropy_and_samples_are_those_of_the_weights() -> None:
+    weights = torch.tensor([0.5, 0.5, 0.0, 0.0], dtype=torch.float64)
+    oracle = TokenOracle(sequences=torch.tensor([[0, 0], [1, 1], [0, 1], [1, 0]]), weights=weights, vocab_size=2)
+    assert oracle.entropy() == pytest.approx(math.log(2), abs=1e-15)
+    tokens = oracle.sample(10_000, generator=torch.Generator().manual_seed(0))
+    assert (tokens[:, 0] == tokens[:, 1]).all()
+    assert float(tokens[:, 0].double().mean()) == pytest.approx(0.5, abs=0.02)
+
+
+def test_token_oracles_refuse_what_is_no_law_and_what_cannot_be_seen() -> None:
+    pair = torch.tensor([[0, 0], [1, 1]])
+    for weights in ([0.5, 0.6], [1.5, -0.5]):
+        with pytest.raises(ValueError, match="probabilities that sum to one"):
+            TokenOracle(sequences=pair, weights=torch.tensor(weights).double(), vocab_size=2)
+    for sequences in (pair + 1, pair - 1):
+        with pytest.raises(ValueError, match=r"tokens must lie in \[0, 2\)"):
+            TokenOracle(sequences=sequences, weights=torch.tensor([0.5, 0.5]).double(), vocab_size=2)
+    oracle = TokenOracle(sequences=pair, weights=torch.tensor([0.5, 0.5]).double(), vocab_size=2)
+    contradiction = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]]).double()
+    with pytest.raises(ValueError, match="impossible under every sequence"):
+        oracle.posterior(contradiction, leave_one_out=False)
+    # Each of the two is possible without the other.
+    assert oracle.posterior(contradiction, leave_one_out=True).tolist() == [[[0, 1], [1, 0]]]
