@@ -428,10 +428,13 @@ def _gradient(
     gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
     curvature = torch.empty_like(offset)
     chunk_rows = max(1, min(chunk_rows, count))
-    buffers = logits.new_empty(2, chunk_rows, vocab_size, dtype=dtype)
+    probs = logits.new_empty(chunk_rows, vocab_size, dtype=dtype)
+    # Wide logits need no second buffer: what is computed can be computed in place.
+    wide = None if logits.dtype == dtype else torch.empty_like(probs)
     for start in range(0, count, chunk_rows):
         rows = slice(start, min(start + chunk_rows, count))
-        p, s = buffers[:, : rows.stop - start]
+        p = probs[: rows.stop - start]
+        s = gradient[rows] if wide is None else wide[: rows.stop - start]
         _relative_probs(logits[rows], x_t[rows].unsqueeze(1), None if discount is None else discount[rows], out=p)
         p.scatter_(1, x_0[rows].unsqueeze(1), 0)
         torch.add(p, half_point[rows].to(dtype).unsqueeze(1), out=s)
@@ -439,5 +442,7 @@ def _gradient(
         curvature[rows] = torch.linalg.vecdot(p, s)
         shift = offset[rows] + per_sum[rows] * curvature[rows]
         s.mul_(slope[rows].to(dtype).unsqueeze(1)).sub_(shift.to(dtype).unsqueeze(1))
-        gradient[rows] = s.mul_(p)
+        s.mul_(p)
+        if wide is not None:
+            gradient[rows] = s
     return gradient, curvature
