@@ -239,6 +239,15 @@ def test_choices_are_without_replacement_and_proportional_to_their_weights():
     torch.testing.assert_close(module._log_weights(scores[None], free[:1], settings)[0].exp(), w, **CLOSE)
 
 
+@pytest.mark.parametrize("k", [1, 2, 4, 9])
+def test_what_is_not_free_takes_nobodys_place(k):
+    free = torch.rand(200, 4, generator=torch.Generator().manual_seed(1)) < 0.4
+    scores = torch.where(free, 0.0, 50.0).double()
+    chosen = module._choose(scores, free, Corrector(k=k), torch.Generator().manual_seed(0))
+    assert not (chosen & ~free).any()
+    assert torch.equal(chosen.sum(-1), free.sum(-1).clamp_max(k))
+
+
 @pytest.mark.parametrize(
     "settings",
     [

@@ -136,6 +136,24 @@ def test_given_tokens_and_padding_are_not_counted(enumeration, oracle_of):
     assert bound.total == pytest.approx(conditional, abs=3 * bound.standard_error)
 
 
+def test_times_are_spread_evenly_over_their_span(world, oracle_of):
+    """One in each equal part of [1e-3, 1], and of [0, 1e-3] for the slab; never 0, where the density is not defined."""
+    table, alphas = TableModel(oracle=oracle_of(world), kernel=Uniform(3)), []
+
+    def model(state, alpha, **asked):
+        alphas.append(alpha)
+        return table(state, alpha, **asked)
+
+    batch = TextBatch(tokens=world.sequences.repeat(10, 1))
+    likelihood_bound(model, Uniform(3), [batch], generator=torch.Generator().manual_seed(0), complete=True)
+    for alpha, low, high in ((alphas[0], 1e-3, 1.0), (alphas[1], 0.0, 1e-3)):
+        t = (1 - alpha) / (1 - 1e-3)
+        cells = ((high - t) / (high - low) * 90).sort().values
+        assert float((cells.diff() - 1).abs().max()) < 1e-6
+        assert 0 <= float(cells[0]) < 1
+        assert float(t.min()) > 0
+
+
 def test_more_times_a_sequence_lower_the_error(world, oracle_of):
     model, batches = TableModel(oracle=oracle_of(world), kernel=Masked(3)), held_out(world, 2000)
     bounds = [
