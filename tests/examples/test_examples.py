@@ -38,3 +38,12 @@ def test_lgs_ddpm_runs_on_a_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(tmp_path)
     example("lgs_ddpm").pretrained(str(tmp_path / "pipe"), num_inference_steps=3)
     assert len(list(tmp_path.glob("full_covariance_*.png"))) == 16
+
+
+def test_udm_text_trains_samples_and_fills_a_hole(tmp_path: Path) -> None:
+    pipe, bound = example("udm_text").trained(tmp_path, max_steps=10, documents=10)
+    pipe.set_progress_bar_config(disable=True)
+    assert bound < 5.0  # 5.55 for a network that knows nothing
+    text = pipe("def area(r):\n    return ____ * r ** 2", num_inference_steps=4, corrector_steps=2).texts[0]
+    assert text.startswith("def area(r):\n    return ") and text.endswith(" * r ** 2")
+    assert len(pipe(length=32, num_inference_steps=4).ids[0]) == 32
