@@ -174,9 +174,9 @@ def test_identity_19_what_leaves_the_marginal_alone(world, oracle_of, enumeratio
 
 @pytest.mark.parametrize("k", [1, 2])
 def test_identity_19_with_random_numbers(world, oracle_of, enumeration, k):
-    """2e5 sequences in the exact proportions of p_s, two corrections: what stays and what does not."""
+    """80,000 sequences in the exact proportions of p_s, two corrections: what stays and what does not."""
     p_s = world.marginal(enumeration.uniform_channel(ALPHA, 3))
-    counts = (p_s * 200_000).round().long()
+    counts = (p_s * 80_000).round().long()
     tokens = world.sequences.repeat_interleave(counts, 0)
     model = TableModel(oracle=oracle_of(world), kernel=KERNEL)
     cases = [Corrector(steps=2, k=k, selection="random"), Corrector(steps=2, k=k)]
@@ -185,23 +185,23 @@ def test_identity_19_with_random_numbers(world, oracle_of, enumeration, k):
     for settings in cases:
         after = run(model, tokens, settings, generator=torch.Generator().manual_seed(0))
         moved = enumeration.total_variation(enumeration.law_of(after, 3), p_s)
-        assert (moved < 5e-3) == settings.exact, settings
+        assert (moved < 8e-3) == settings.exact, settings
         if not settings.exact:
             assert moved > 0.02
 
 
 def test_several_metropolis_moves_are_the_power_of_one(world, oracle_of, enumeration, scripted):
-    """The prediction at an accepted proposal serves the next move: 2e5 chains of 3 moves from one sequence."""
+    """The prediction at an accepted proposal serves the next move: 80,000 chains of 3 moves from one sequence."""
     model = TableModel(oracle=oracle_of(world), kernel=KERNEL)
     single = transitions(
         enumeration, scripted, world, model, Corrector(steps=1, k=1, metropolis=True, selection_temperature=0.7)
     )
     start = 5
-    tokens = world.sequences[start].expand(200_000, -1)
+    tokens = world.sequences[start].expand(80_000, -1)
     settings = Corrector(steps=3, k=1, metropolis=True, selection_temperature=0.7)
     after = run(model, tokens, settings, generator=torch.Generator().manual_seed(1))
     expected = reduce(torch.matmul, [single] * 3)[start]
-    assert enumeration.total_variation(enumeration.law_of(after, 3), expected) < 5e-3
+    assert enumeration.total_variation(enumeration.law_of(after, 3), expected) < 8e-3
 
 
 @pytest.mark.parametrize(

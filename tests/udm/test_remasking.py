@@ -198,7 +198,7 @@ def test_a_loop_revises_on_its_plateau_only():
 @pytest.mark.parametrize("schedule", ["rescale", "loop"])
 def test_revising_chains_end_at_the_data(world, oracle_of, enumeration, kernel, schedule):
     """With the exact model and many steps the law of what comes out is that of the data."""
-    count = 20_000
+    count = 10_000
     model = TableModel(oracle=oracle_of(world), kernel=kernel)
     plan = Remasking(schedule=schedule, eta=0.3 if schedule == "rescale" else 0.05).plan(32)
     tokens, record = sample(
@@ -209,7 +209,7 @@ def test_revising_chains_end_at_the_data(world, oracle_of, enumeration, kernel, 
         sigmas=plan.sigmas,
         generator=torch.Generator().manual_seed(0),
     )
-    assert enumeration.total_variation(enumeration.law_of(tokens, 3), world.law) < 0.02
+    assert enumeration.total_variation(enumeration.law_of(tokens, 3), world.law) < 0.025
     assert record.evaluations <= 32
 
 

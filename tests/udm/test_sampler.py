@@ -52,14 +52,14 @@ def chain_law(kernel, model, states, grid):
 
 @pytest.mark.parametrize("kernel", KERNELS[:4], ids=lambda k: type(k).__name__)
 def test_few_steps_have_the_law_of_the_chain_of_bridges(world, oracle_of, enumeration, states_of, symbols_of, kernel):
-    """4 steps, 2e5 sequences: identity 12 along a whole chain, starting from the prior."""
+    """4 steps, 1e5 sequences: identity 12 along a whole chain, starting from the prior."""
     grid = torch.tensor([1e-3, 0.2, 0.5, 0.8, 1.0], dtype=torch.float64)
     model, states = TableModel(oracle=oracle_of(world), kernel=kernel), states_of(kernel, 2)
     law = chain_law(kernel, model, states, grid)
     expected = torch.zeros(16, dtype=torch.float64).scatter_add(0, enumeration.index_of(states.tokens, 4), law)
-    tokens, record = sample(model, kernel, blank(200_000), grid, generator=source())
+    tokens, record = sample(model, kernel, blank(100_000), grid, generator=source())
     assert record.evaluations == 4
-    assert enumeration.total_variation(enumeration.law_of(tokens, 4), expected) < 5e-3
+    assert enumeration.total_variation(enumeration.law_of(tokens, 4), expected) < 8e-3
 
 
 @pytest.mark.parametrize("kernel", KERNELS[:4], ids=lambda k: type(k).__name__)
@@ -105,7 +105,7 @@ def test_corrections_bring_a_coarse_chain_closer(world, oracle_of, enumeration):
     grid = torch.tensor([1e-3, 0.6, 0.97, 1.0], dtype=torch.float64)
     errors = []
     for corrector in (None, Corrector(steps=6, k=1, selection="random")):
-        tokens, _ = sample(model, kernel, blank(50_000), grid, corrector=corrector, generator=source())
+        tokens, _ = sample(model, kernel, blank(30_000), grid, corrector=corrector, generator=source())
         errors.append(enumeration.total_variation(enumeration.law_of(tokens, 3), world.law))
     assert errors[1] < 0.5 * errors[0]
 
@@ -202,6 +202,22 @@ def test_identity_22_a_uniform_chain_makes_as_many_calls_as_it_may(corrector):
     for kernel in (Uniform(2), RefreshedAbsorbing(2)) if corrector is None else (Uniform(2),):
         for n in (1, 2, 3, 4, 5, 6, 11, 16):
             assert counted(kernel, n, corrector) == n
+
+
+@pytest.mark.parametrize(("asked", "corrected"), [(None, 3), (0, 0), (2, 2), (9, 3)])
+def test_the_last_step_is_never_corrected(asked, corrected):
+    """By default all others are."""
+    model = GivenLogits(logits=torch.zeros(1, 1, 2), kind="leave_one_out")
+    _, record = sample(
+        model,
+        Uniform(2),
+        blank(1, 1),
+        alpha_grid(4),
+        corrector=Corrector(steps=2),
+        corrected_steps=asked,
+        generator=source(),
+    )
+    assert (record.evaluations, record.corrections) == (4 + 2 * corrected, 2 * corrected)
 
 
 @pytest.mark.parametrize("kernel", [Masked(2), Absorbing(2), MaximalCoupling(2)], ids=lambda k: type(k).__name__)
