@@ -135,13 +135,13 @@ def test_padding_comes_back_as_it_was(oracle_of, enumeration, states_of, kernel)
     world = enumeration.World.random(3, 3, seed=6)
     shorter = enumeration.World(world.table.sum(-1))
     grid = torch.tensor([1e-3, 0.4, 0.8, 1.0], dtype=torch.float64)
-    canvas = TextBatch(tokens=torch.full((40_000, 3), 77), valid=torch.tensor([True, True, False]).expand(40_000, -1))
+    canvas = TextBatch(tokens=torch.full((20_000, 3), 77), valid=torch.tensor([True, True, False]).expand(20_000, -1))
     tokens, _ = sample(TableModel(oracle=oracle_of(world), kernel=kernel), kernel, canvas, grid, generator=source())
     assert (tokens[:, 2] == 77).all()
     states = states_of(kernel, 2)
     law = chain_law(kernel, TableModel(oracle=oracle_of(shorter), kernel=kernel), states, grid)
     expected = torch.zeros(16, dtype=torch.float64).scatter_add(0, enumeration.index_of(states.tokens, 4), law)
-    assert enumeration.total_variation(enumeration.law_of(tokens[:, :2], 4), expected) < 0.01
+    assert enumeration.total_variation(enumeration.law_of(tokens[:, :2], 4), expected) < 0.015
 
 
 def counted(kernel, evaluations, corrector):
@@ -200,7 +200,7 @@ def test_identity_22_the_budget_is_split_exactly(metropolis):
 )
 def test_identity_22_a_uniform_chain_makes_as_many_calls_as_it_may(corrector):
     for kernel in (Uniform(2), RefreshedAbsorbing(2)) if corrector is None else (Uniform(2),):
-        for n in (1, 2, 3, 4, 5, 6, 11, 16):
+        for n in (1, 2, 3, 5, 11):
             assert counted(kernel, n, corrector) == n
 
 
@@ -236,34 +236,38 @@ def test_chains_that_wait_make_fewer_calls(kernel):
 
 
 @by_kernel
-@pytest.mark.parametrize("extra", ["plain", "corrector", "sigmas", "truncated"])
-def test_one_generator_a_sequence_makes_it_independent_of_the_batch(world, oracle_of, kernel, extra):
-    settings, options, grid = SamplingSettings(), {}, alpha_grid(6)
-    if extra == "corrector" and kernel.channel == "uniform":
-        options["corrector"] = Corrector(steps=2, k=1, metropolis=True)
-    if extra == "sigmas" and kernel.channel != "uniform":
-        plan = Remasking(schedule="rescale", eta=0.5).plan(6)
+def test_one_generator_a_sequence_makes_it_independent_of_the_batch(world, oracle_of, kernel):
+    """With everything that draws: steps, a truncation, and corrections or revision."""
+    grid, options = alpha_grid(4), {}
+    if kernel.channel == "uniform":
+        options["corrector"] = Corrector(steps=1, k=1, metropolis=True)
+    else:
+        plan = Remasking(schedule="rescale", eta=0.5).plan(4)
         grid, options["sigmas"] = plan.alphas, plan.sigmas
-    if extra == "truncated":
-        settings = SamplingSettings(temperature=0.8, truncation=Truncation(top_p=0.9))
+    settings = SamplingSettings(temperature=1.5, truncation=Truncation(top_p=0.95))
     model = TableModel(oracle=oracle_of(world), kernel=kernel)
 
-    def run(seeds):
-        generators = [source(seed) for seed in seeds]
-        return sample(model, kernel, blank(len(seeds)), grid, settings=settings, generator=generators, **options)[0]
+    def run(generator, count):
+        return sample(model, kernel, blank(count), grid, settings=settings, generator=generator, **options)[0]
 
-    whole = run(range(12))
-    assert torch.equal(run([3]), whole[[3]])
-    assert torch.equal(run([7, 0, 11]), whole[[7, 0, 11]])
-    assert len(whole.unique(dim=0)) > 1
-    again = [
-        sample(model, kernel, blank(12), grid, settings=settings, generator=source(5), **options)[0] for _ in range(2)
+    def sources(*seeds):
+        return [source(seed) for seed in seeds]
+
+    whole = run(sources(*range(12)), 12)
+    assert len(whole.unique(dim=0)) > 2
+    assert torch.equal(run(sources(7, 0, 11), 3), whole[[7, 0, 11]])
+    # Without revision too, where the step is the kernel's own.
+    plain = [
+        sample(model, kernel, blank(len(seeds)), alpha_grid(4), generator=sources(*seeds))[0]
+        for seeds in (range(6), (3, 1))
     ]
-    assert torch.equal(*again)
+    assert torch.equal(plain[0][[3, 1]], plain[1])
+    # One for all gives the same again.
+    assert torch.equal(run(source(5), 12), run(source(5), 12))
 
 
 def test_the_confidence_sampler_is_deterministic_given_its_start(world, oracle_of):
-    """It ends at tokens that no single change makes likelier, and writes ceil(L / steps) positions a step."""
+    """It writes ceil(L / steps) positions a step."""
     kernel, model = Uniform(3), TableModel(oracle=oracle_of(world), kernel=Uniform(3))
     states = []
     tokens, record = sample(
