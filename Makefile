@@ -56,7 +56,7 @@ imports: $(STAMP) ## import-linter: who may import whom
 	$(BIN)/lint-imports
 
 bench: $(STAMP) ## one script per published claim; results as JSON in benchmarks/results
-	set -e; for script in benchmarks/lgs_*.py; do $(BIN)/python "$$script" $(ARGS); done
+	set -e; for script in benchmarks/*.py; do $(BIN)/python "$$script" $(ARGS); done
 
 # Without local wheels: with them the lock would name a build ("2.13.0+cpu") that an ordinary index does not have.
 lock: $(STAMP) ## renew requirements/constraints.txt

@@ -7,47 +7,45 @@ from typing import Any
 
 from wellposed.demo.lgs import SHOWN
 from wellposed.demo.settings import DemoSettings
-from wellposed.report.page import Callout, Column, Figure, Grid, Number, Numbers, Section, Table
+from wellposed.report.page import Callout, Column, Figure, Grid, Number, Section, Table
 from wellposed.report.pictures import read_png
 from wellposed.report.plots import Reference, Series, draw, fitted_slope, lines, scatter
 from wellposed.report.styles import method_style
 
-__all__ = ["headline", "lgs_sections"]
+__all__ = ["lgs_numbers", "lgs_sections"]
 
 FIT = (32, 256)
 ON_THE_NETWORK = ("beta_tilde", "beta", "analytic", "npr", "sn", "ocm", "lgs_1", "lgs_2", "lgs_3", "lgs")
 AGAINST_TIME = ("beta_tilde", "analytic", "ocm", "lgs_3", "lgs", "lgs_amortized", "ddim", "dpm_solver")
 
 
-def headline(theory: Mapping[str, Any], network: Mapping[str, Any], settings: DemoSettings) -> Numbers:
+def lgs_numbers(theory: Mapping[str, Any], network: Mapping[str, Any], settings: DemoSettings) -> tuple[Number, ...]:
     """Four figures to begin with."""
     steps = settings.path_kl_steps
     slopes = {kind: fitted_slope(steps, theory[kind], FIT) for kind in ("full", "diagonal", "isotropic")}
     few = min(settings.step_counts, key=lambda count: abs(count - 10))
     at = {row["name"]: row["frechet"][0] for row in network["outcomes"] if row["steps"] == few}
-    return Numbers(
-        numbers=(
-            Number(
-                value=f"{slopes['full']:.2f}".replace("-", "−"),
-                label="exponent of T in the path KL, full covariance",
-                note="theory: −2",
-            ),
-            Number(
-                value=f"{slopes['isotropic']:.2f}".replace("-", "−"),
-                label="the same, isotropic covariance",
-                note="theory: −1",
-            ),
-            Number(
-                value=f"{at['lgs_3']:.3g}",
-                label=f"Frechet distance, full covariance (m = 3), T = {few}",
-                note=f"real digits against themselves: {network['floor']:.2g}",
-            ),
-            Number(
-                value=f"{at['beta_tilde']:.3g}",
-                label=f"the same network with DDPM's fixed_small variance, T = {few}",
-                note=f"fixed_large: {at['beta']:.3g}",
-            ),
-        )
+    return (
+        Number(
+            value=f"{slopes['full']:.2f}".replace("-", "−"),
+            label="exponent of T in the path KL, full covariance",
+            note="theory: −2",
+        ),
+        Number(
+            value=f"{slopes['isotropic']:.2f}".replace("-", "−"),
+            label="the same, isotropic covariance",
+            note="theory: −1",
+        ),
+        Number(
+            value=f"{at['lgs_3']:.3g}",
+            label=f"Frechet distance, full covariance (m = 3), T = {few}",
+            note=f"real digits against themselves: {network['floor']:.2g}",
+        ),
+        Number(
+            value=f"{at['beta_tilde']:.3g}",
+            label=f"the same network with DDPM's fixed_small variance, T = {few}",
+            note=f"fixed_large: {at['beta']:.3g}",
+        ),
     )
 
 

@@ -6,10 +6,12 @@ from pathlib import Path
 from rich.console import Console
 
 from wellposed.demo.lgs import guidance_study, lanczos_study, network_study, path_kl_study
-from wellposed.demo.lgs_page import headline, lgs_sections
+from wellposed.demo.lgs_page import lgs_numbers, lgs_sections
 from wellposed.demo.settings import DemoSettings
 from wellposed.demo.stages import Stages
-from wellposed.report.page import Page, write_page
+from wellposed.demo.udm import text_study, token_study
+from wellposed.demo.udm_page import udm_numbers, udm_sections
+from wellposed.report.page import Numbers, Page, write_page
 from wellposed.report.record import provenance
 
 __all__ = ["run_demo"]
@@ -31,7 +33,7 @@ def run_demo(
 
     Args:
         out: folder of the run.
-        steps: training steps of the demo's U-Net, in place of the settings' own.
+        steps: training steps of the demo's networks, in place of the settings' own.
         seed: of everything random.
         device: where networks run.
         resume: False refuses a folder that holds a demo already.
@@ -48,25 +50,29 @@ def run_demo(
         raise ValueError(f"{out} holds a demo; go on with it by --resume, or choose another folder with --out")
     settings = settings or DemoSettings()
     if steps is not None:
-        settings = replace(settings, training_steps=steps)
+        settings = replace(settings, training_steps=steps, text_training_steps=steps)
     console = Console()
     stages = Stages(out, seed=seed, announce=console.print)
     theory = path_kl_study(stages, settings)
     lanczos = lanczos_study(stages, settings)
     network = network_study(stages, settings, device=device)
     guidance = guidance_study(stages, settings, device=device)
+    tokens = token_study(stages, settings)
+    text = text_study(stages, settings, device=device)
     page = Page(
         title="wellposed, measured on this machine",
         lead=(
-            "Diffusion toolkits are full of underspecified defaults. This page takes one, the covariance "
-            "of a reverse step, "
-            "and measures it against its exact counterpart: the Lanczos Gaussian sampler of "
-            "[arXiv 2605.22723](https://arxiv.org/abs/2605.22723), which needs no training. Everything "
-            "below was computed "
-            "by `wellposed demo` just now."
+            "Diffusion toolkits are full of underspecified defaults. This page takes two and measures them against "
+            "their exact counterparts. The covariance of a reverse step: the Lanczos Gaussian sampler of "
+            "[arXiv 2605.22723](https://arxiv.org/abs/2605.22723), which needs no training. What a model of noisy "
+            "tokens predicts: the leave-one-out posterior of [arXiv 2605.22765](https://arxiv.org/abs/2605.22765). "
+            "Everything below was computed by `wellposed demo` just now."
         ),
-        opening=(headline(theory, network, settings),),
-        sections=lgs_sections(theory, lanczos, network, guidance, out, settings),
+        opening=(Numbers(numbers=(*lgs_numbers(theory, network, settings), *udm_numbers(tokens))),),
+        sections=(
+            *lgs_sections(theory, lanczos, network, guidance, out, settings),
+            *udm_sections(tokens, text, settings),
+        ),
         footer=provenance(stages.records),
     )
     path = write_page(page, out / "index.html")

@@ -7,7 +7,7 @@ __all__ = ["DemoSettings"]
 
 @dataclass(frozen=True, kw_only=True)
 class DemoSettings:
-    """Sizes of the demo's experiments; the defaults take about eight minutes on two cores.
+    """Sizes of the demo's experiments; the defaults take about twelve minutes on two cores.
 
     Attributes:
         training_steps: of the digits' U-Net.
@@ -21,6 +21,11 @@ class DemoSettings:
         guidance_samples: samples of a guided run on the mixture.
         guided_digits: images of a guided run on the digits, a multiple of 10.
         classifier_steps: training steps of the classifier of noised digits.
+        token_steps: numbers of reverse steps of the exact token samplers.
+        text_training_steps: of each of the four language models.
+        text_temperatures: at which they are sampled.
+        text_evaluations: network evaluations of a text.
+        text_samples: texts for each generative perplexity.
     """
 
     training_steps: int = 1000
@@ -34,3 +39,8 @@ class DemoSettings:
     guidance_samples: int = 1500
     guided_digits: int = 150
     classifier_steps: int = 500
+    token_steps: tuple[int, ...] = (2, 4, 8, 16, 32, 64, 128)
+    text_training_steps: int = 400
+    text_temperatures: tuple[float, ...] = (0.8, 0.9, 1.0)
+    text_evaluations: int = 16
+    text_samples: int = 128

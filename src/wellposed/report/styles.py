@@ -8,6 +8,9 @@ Hue says the family, so that a reader who knows one figure can read the next:
 * purple: diagonal ones (NPR, SN, OCM, and the exact diagonal);
 * green: deterministic samplers.
 
+For tokens: blue is uniform diffusion with its leave-one-out posterior, orange the same with a denoiser, green the
+absorbing reformulation, black and grey masked diffusion, purple what tempers or plugs in the denoiser.
+
 The hues of Okabe and Ito's palette, told apart by readers with any of the common colour vision deficiencies; within a
 family lightness, marker and dash differ, so that figures survive a grey printer.
 """
@@ -62,6 +65,26 @@ METHOD_STYLES: Mapping[str, MethodStyle] = MappingProxyType(
         "ocm": MethodStyle(label="OCM", color="#6c2f67", marker="p"),
         "ddim": MethodStyle(label="DDIM", color="#009e73", marker="*", dash="dashed"),
         "dpm_solver": MethodStyle(label="DPM-Solver++", color="#406635", marker="h", dash="dashdot", hollow=True),
+        "udm_denoiser": MethodStyle(label="uniform, denoiser head", color="#d55e00", marker="s", hollow=True),
+        "udm_misread": MethodStyle(label="uniform, denoiser misread", color="#e69f00", marker="X", dash="dotted"),
+        "udm_loo": MethodStyle(label="uniform, leave-one-out", color="#0072b2", marker="o", width=2.2),
+        "udm_loo_geometric": MethodStyle(label="the same, geometric grid", color="#6cadfc", marker="^", dash="dashed"),
+        "udm_loo_corrector": MethodStyle(label="leave-one-out, corrector", color="#132d7d", marker="D"),
+        "udm_loo_random_corrector": MethodStyle(
+            label="leave-one-out, exact corrector", color="#5a74e4", marker="d", dash="dashdot"
+        ),
+        "udm_loo_corrector_nucleus": MethodStyle(
+            label="leave-one-out, corrector, nucleus", color="#004cb0", marker="v", dash="dashed"
+        ),
+        "udm_loo_denoiser_temperature": MethodStyle(
+            label="leave-one-out head, tempered denoiser", color="#984a78", marker="<", dash="dashed"
+        ),
+        "audm": MethodStyle(label="absorbing", color="#009e73", marker="h"),
+        "reaudm": MethodStyle(label="absorbing, refreshed", color="#406635", marker="*", dash="dashdot"),
+        "audm_nucleus": MethodStyle(label="absorbing, nucleus", color="#77b39c", marker="p", dash="dashed"),
+        "mdm": MethodStyle(label="masked", color="#353535", marker="P", dash="dashed"),
+        "mdm_nucleus": MethodStyle(label="masked, nucleus", color="#8a8a8a", marker="X", dash="dotted"),
+        "max_coupling": MethodStyle(label="maximal coupling", color="#a372a3", marker=">", dash="dashdot"),
     }
 )
 
