@@ -151,6 +151,16 @@ def test_the_code_of_the_paper(tmp_path: Path, case: str, row: int) -> None:
     assert_same(model, theirs, tokens(K + (kernel is Masked)), sigma, noise)
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "sigma"), [("mdlm", torch.zeros(3)), ("udlm", -ALPHA.log()), ("max_coupling", -ALPHA.log())]
+)
+def test_what_is_not_said_is_as_published(algorithm: Any, sigma: Tensor) -> None:
+    theirs = published.DIT(K)
+    model = convert_published(theirs.state_dict(), algorithm=algorithm, num_attention_heads=2)
+    assert_same(model, theirs, tokens(model.kernel.vocab_size), sigma)
+    assert model.network.config.prediction_kind == ("leave_one_out" if algorithm == "udlm" else "denoiser")
+
+
 def test_averaged_weights_are_taken_in_their_order(tmp_path: Path) -> None:
     trained, averaged = published.DIT(K, fusion="separate_linear"), published.DIT(K, fusion="separate_linear", seed=1)
     path = ckpt(tmp_path / "a.ckpt", trained, "diffusion.model.backbone", ema=averaged, config=settings(name="audm"))

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiscreteDDIMScheduler
+from tokenizers import processors
 from torch import Tensor, nn
 
 from wellposed.batches import TextBatch
@@ -135,6 +136,15 @@ def test_pieces_are_tokenized_one_by_one() -> None:
     assert canvas.tokens[0][canvas.given[0]].tolist() == before + after
     assert int((~canvas.given).sum()) == 8
     assert "".join(map(tokenizer.decode, (before, after))) == FUNCTION.replace("____", "")
+
+
+def test_a_tokenizer_that_adds_special_tokens_adds_none_to_the_pieces() -> None:
+    tokenizer = byte_tokenizer(special_tokens=("bos",))
+    template = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", 256)])
+    tokenizer.backend_tokenizer.post_processor = template
+    assert tokenizer.encode("a") == [256, 97]
+    canvas = prompt_canvas(tokenizer, ["a____b"], tokens_per_hole=1)
+    assert canvas.tokens.tolist() == [[97, 0, 98]]
 
 
 def test_texts_of_different_length_do_not_see_each_others_padding() -> None:
@@ -389,3 +399,17 @@ def test_all_arguments_are_optional() -> None:
     parameters = inspect.signature(UniformDiffusionPipeline.__call__).parameters
     assert all(p.default is not inspect.Parameter.empty for name, p in parameters.items() if name != "self")
     assert set(UniformDiffusionPipeline._callback_tensor_inputs) == {"tokens"}
+
+
+@pytest.mark.gpu
+def test_on_a_device_with_generators_of_either_kind() -> None:
+    """Draws come from the generator's own device, so a CPU generator writes what it writes on the CPU."""
+    pipe = pipeline(timestep_spacing="geometric", corrector_steps=1, corrector_k=2)
+    prompts = [FUNCTION, "a____"]
+    here = pipe(prompts, num_inference_steps=4, generator=seeded())
+    pipe.to("cuda")
+    there = pipe(prompts, num_inference_steps=4, generator=seeded())
+    assert [ids.tolist() for ids in there.ids] == [ids.tolist() for ids in here.ids]
+    assert there.ids[0].device.type == "cuda"
+    own = torch.Generator("cuda").manual_seed(0)
+    assert pipe(prompts, num_inference_steps=4, generator=own).texts[1].startswith("a")

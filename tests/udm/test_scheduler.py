@@ -64,12 +64,17 @@ def test_a_loop_over_step_is_the_rooms_sampler(oracle: TokenOracle, kernel: str,
     assert (found.noise is None) == (not model.kernel.has_noise_tokens)
 
 
+@pytest.mark.parametrize("prompt", [True, False])
 @pytest.mark.parametrize("selection", ["random", "lowest_log_margin"])
-def test_a_loop_with_corrections_on_given_tokens_is_the_rooms_sampler(oracle: TokenOracle, selection: Any) -> None:
-    scheduler = UniformDiffusionScheduler(corrector_steps=2, corrector_k=1, corrector_selection=selection)
+def test_a_loop_with_corrections_on_given_tokens_is_the_rooms_sampler(
+    oracle: TokenOracle, selection: Any, prompt: bool
+) -> None:
+    scheduler = UniformDiffusionScheduler(
+        corrector_steps=2, corrector_k=1, corrector_selection=selection, corrector_selection_temperature=9.0
+    )
     model = TableModel(oracle=oracle, kernel=kernel_named("uniform", K))
     tokens = torch.tensor([[1, 0], [2, 0]]).repeat(200, 1)
-    given = torch.tensor([[True, False]]).expand(400, -1)
+    given = torch.tensor([[prompt, False]]).expand(400, -1)
     found = loop(scheduler, model, 400, 4, tokens=tokens, given=given).tokens
     expected, record = sample(
         model,
@@ -81,7 +86,7 @@ def test_a_loop_with_corrections_on_given_tokens_is_the_rooms_sampler(oracle: To
     )
     assert torch.equal(found, expected)
     assert record.corrections == 3 * 2
-    assert torch.equal(found[:, 0], tokens[:, 0])
+    assert torch.equal(found[:, 0], tokens[:, 0]) == prompt
     assert len(found[:, 1].unique()) == K
 
 
@@ -194,8 +199,9 @@ def test_steps_that_cannot_be_taken_are_refused() -> None:
     logits, tokens = torch.zeros(1, 4, 8), torch.zeros(1, 4, dtype=torch.long)
     scheduler = UniformDiffusionScheduler(corrector_steps=1)
     scheduler.set_timesteps(4)
-    with pytest.raises(ValueError, match="timestep 0.6 is not one"):
-        scheduler.step(logits, 0.6, tokens)
+    for time in (0.6, 0.5001, 0.0, 2.0):
+        with pytest.raises(ValueError, match=f"timestep {time:g} is not one"):
+            scheduler.step(logits, time, tokens)
     with pytest.raises(ValueError, match="after the last step"):
         scheduler.step_correct(logits, 0.25, tokens)
     with pytest.raises(ValueError, match="num_inference_steps is 0"):
@@ -348,3 +354,19 @@ def test_the_ddim_drop_in_refuses(call: Callable[..., Any], message: str) -> Non
         call(scheduler, torch.zeros(1, 4, 8), torch.zeros(1, 4, dtype=torch.long))
     with pytest.raises(ValueError, match="steps and k count from 1"):
         LeaveOneOutDDIMScheduler(corrector_k=0)
+
+
+@pytest.mark.gpu
+def test_steps_on_a_device_are_those_on_the_cpu() -> None:
+    logits = torch.randn(3, 7, 11, generator=seeded(1), dtype=torch.float64)
+    tokens = torch.randint(11, (3, 7), generator=seeded(2))
+    for scheduler, time in (
+        (UniformDiffusionScheduler(corrector_steps=1, corrector_k=2, temperature=0.9), 0.5),
+        (LeaveOneOutDDIMScheduler(corrector_k=2), 3),
+    ):
+        for device in ("cpu", "cuda"):
+            scheduler.set_timesteps(8, device=device)
+            for call in (scheduler.step, scheduler.step_correct):
+                found = call(logits.to(device), time, tokens.to(device), generator=seeded()).prev_sample
+                expected = call(logits, time, tokens, generator=seeded()).prev_sample
+                assert torch.equal(found.cpu(), expected)

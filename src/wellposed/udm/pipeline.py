@@ -407,9 +407,8 @@ class UniformDiffusionPipeline(DiffusionPipeline):
         return model, calls
 
     def _decoded(self, ids: Sequence[Tensor]) -> list[str]:
-        # An interrupted chain may still hold masks, which no tokenizer knows.
-        clean = [row[row < self.transformer.config.vocab_size].tolist() for row in ids]
-        return [cast(str, self.tokenizer.decode(row, skip_special_tokens=True)) for row in clean]
+        # The masks that an interrupted chain may still hold decode to nothing.
+        return [cast(str, self.tokenizer.decode(row.tolist(), skip_special_tokens=True)) for row in ids]
 
 
 def _check_fit(network: Any, kernel: Kernel, name: str) -> None:
