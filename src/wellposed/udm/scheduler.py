@@ -57,7 +57,7 @@ class UniformDiffusionScheduler(SchedulerMixin, ConfigMixin):
     that are needed only)::
 
         scheduler.set_timesteps(64)
-        x = scheduler.kernel(vocab_size).prior(torch.empty(8, 128, dtype=torch.long), generator=generator).tokens
+        x = scheduler.kernel(vocab_size).prior(torch.zeros(8, 128, dtype=torch.long), generator=generator).tokens
         for t in scheduler.timesteps:
             logits = network(x, scheduler.alpha(t).expand(len(x))).logits
             x = scheduler.step(logits, t, x, generator=generator).prev_sample
@@ -115,6 +115,7 @@ class UniformDiffusionScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"eps is {eps}; write a small remainder of the clean tokens at t = 1, such as 1e-3")
         if corrector_steps < 0:
             raise ValueError(f"corrector_steps is {corrector_steps}; write how many, 0 for none")
+        known = kernel_named(kernel, vocab_size or 2)
         self.schedule = Linear(eps=eps)
         self.settings = SamplingSettings(
             temperature=temperature,
@@ -130,8 +131,7 @@ class UniformDiffusionScheduler(SchedulerMixin, ConfigMixin):
                 selection_temperature=corrector_selection_temperature,
                 metropolis=corrector_metropolis,
             )
-            self.corrector.check(kernel_named(kernel, vocab_size or 2))
-        kernel_named(kernel, vocab_size or 2)
+            self.corrector.check(known)
         self.set_timesteps(DEFAULT_STEPS)
 
     @classmethod
