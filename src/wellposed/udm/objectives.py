@@ -64,8 +64,15 @@ def nelbo_density(
     """
     alpha = prediction.alpha
     if kernel.plugs_in == "leave_one_out":
-        logits = prediction.leave_one_out().logits
-        value = fused_nelbo(logits, x_0, prediction.tokens, alpha)
+        # Its denoiser form discounts the own token within the fused pass.
+        known = prediction if prediction.kind == "denoiser" else prediction.leave_one_out()
+        value = fused_nelbo(
+            known.logits,
+            x_0,
+            known.tokens,
+            alpha,
+            kind="denoiser" if known.kind == "denoiser" else "leave_one_out",
+        )
         rate = -alpha_derivative / alpha
     else:
         logits = prediction.denoiser().logits
