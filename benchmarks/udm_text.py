@@ -31,7 +31,7 @@ from wellposed.recipes.udm_comparison import (
 )
 from wellposed.report.record import write_result
 
-TEMPERATURES = (0.7, 0.8, 0.9, 1.0)
+TEMPERATURES = (0.7, 0.85, 1.0)
 PAIRS = (  # the first less the second: above zero, the second is better
     ("udm_denoiser", "udm_loo"),
     ("mdm", "audm"),
@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--train", nargs="+", choices=list(CONTENDERS), help="train these and stop")
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--evaluations", type=int, default=32)
-    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--samples", type=int, default=96)
     parser.add_argument("--device", default="cpu")
     chosen = parser.parse_args()
     started = datetime.now(UTC)

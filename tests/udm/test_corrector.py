@@ -229,7 +229,7 @@ def test_choices_are_without_replacement_and_proportional_to_their_weights():
     scores, count = torch.tensor([0.3, -1.0, 2.0, 0.5], dtype=torch.float64), 100_000
     free = torch.ones(count, 4, dtype=torch.bool)
     settings = Corrector(k=2, selection_temperature=0.5)
-    chosen = module._choose(scores.expand(count, -1), free, settings, torch.Generator().manual_seed(0))
+    chosen = module.choose_positions(scores.expand(count, -1), free, settings, torch.Generator().manual_seed(0))
     assert (chosen.sum(-1) == 2).all()
     w = (scores / 0.5).softmax(-1)
     for i, j in itertools.combinations(range(4), 2):
@@ -243,7 +243,7 @@ def test_choices_are_without_replacement_and_proportional_to_their_weights():
 def test_what_is_not_free_takes_nobodys_place(k):
     free = torch.rand(200, 4, generator=torch.Generator().manual_seed(1)) < 0.4
     scores = torch.where(free, 0.0, 50.0).double()
-    chosen = module._choose(scores, free, Corrector(k=k), torch.Generator().manual_seed(0))
+    chosen = module.choose_positions(scores, free, Corrector(k=k), torch.Generator().manual_seed(0))
     assert not (chosen & ~free).any()
     assert torch.equal(chosen.sum(-1), free.sum(-1).clamp_max(k))
 

@@ -30,7 +30,7 @@ from wellposed.udm.models import TokenModel
 from wellposed.udm.prediction import Prediction, at_least_float32, log_odds
 from wellposed.udm.steps import Plugged, SamplingRecord, SamplingSettings, free_positions
 
-__all__ = ["Corrector", "Selection", "correct", "selection_scores"]
+__all__ = ["Corrector", "Selection", "choose_positions", "correct", "resample", "scattered", "selection_scores"]
 
 Selection = Literal["random", "lowest_log_margin", "lowest_maxprob", "lowest_current_prob"]
 
@@ -165,14 +165,14 @@ def correct(
         plugged = at(state)
         if corrector.selection == "random":
             # Chosen first: the network is asked about these positions only.
-            chosen = _choose(torch.zeros(free.shape, device=free.device), free, corrector, generator)
+            chosen = choose_positions(torch.zeros(free.shape, device=free.device), free, corrector, generator)
             rows = plugged.predict(chosen)
         else:
             prediction = plugged.predict(free)
-            scores = _scattered(selection_scores(prediction, corrector.selection), free)
-            chosen = _choose(scores, free, corrector, generator)
+            scores = scattered(selection_scores(prediction, corrector.selection), free)
+            chosen = choose_positions(scores, free, corrector, generator)
             rows = prediction.rows(chosen[free])
-        state = replace(state, tokens=_resampled(plugged, rows, state.tokens, chosen, generator))
+        state = replace(state, tokens=resample(plugged, rows, state.tokens, chosen, generator))
     return state
 
 
@@ -187,13 +187,13 @@ def _metropolis(
     """Informed single-site moves with a test; the prediction at an accepted proposal serves the next move."""
     plugged = at(state)
     prediction = plugged.predict(free)
-    scores = _scattered(selection_scores(prediction, corrector.selection), free)
+    scores = scattered(selection_scores(prediction, corrector.selection), free)
     for _ in range(corrector.steps):
-        chosen = _choose(scores, free, corrector, generator)
-        proposal = _resampled(plugged, prediction.rows(chosen[free]), state.tokens, chosen, generator)
+        chosen = choose_positions(scores, free, corrector, generator)
+        proposal = resample(plugged, prediction.rows(chosen[free]), state.tokens, chosen, generator)
         proposed = at(replace(state, tokens=proposal))
         new_prediction = proposed.predict(free)
-        new_scores = _scattered(selection_scores(new_prediction, corrector.selection), free)
+        new_scores = scattered(selection_scores(new_prediction, corrector.selection), free)
         gain = _log_weights(new_scores, free, corrector) - _log_weights(scores, free, corrector)
         log_ratio = gain.masked_fill(~chosen, 0).sum(-1)
         numbers = uniform_numbers(state.tokens[:, :1], generator).squeeze(-1)
@@ -216,11 +216,12 @@ def _log_weights(
     return (scores.double() / corrector.selection_temperature).masked_fill(~free, -torch.inf).log_softmax(-1)
 
 
-def _scattered(scores: Float[Tensor, " rows"], free: Bool[Tensor, "batch length"]) -> Float[Tensor, "batch length"]:
+def scattered(scores: Float[Tensor, " rows"], free: Bool[Tensor, "batch length"]) -> Float[Tensor, "batch length"]:
+    """Values of the free positions at their places, 0 elsewhere."""
     return torch.zeros(free.shape, dtype=scores.dtype, device=scores.device).masked_scatter(free, scores)
 
 
-def _choose(
+def choose_positions(
     scores: Float[Tensor, "batch length"],
     free: Bool[Tensor, "batch length"],
     corrector: Corrector,
@@ -234,7 +235,7 @@ def _choose(
     return torch.zeros_like(free).scatter(-1, places, True) & free
 
 
-def _resampled(
+def resample(
     plugged: Plugged,
     rows: Prediction,
     tokens: Int[Tensor, "batch length"],

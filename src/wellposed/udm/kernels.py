@@ -46,6 +46,7 @@ __all__ = [
     "kernel_named",
     "own_log_prob",
     "uniform_bridge",
+    "uniform_routes",
 ]
 
 
@@ -206,7 +207,7 @@ def uniform_bridge(
     return weights / (size * t * own + 1 - t)
 
 
-def _routes(
+def uniform_routes(
     own: Float[Tensor, "*rows"],
     alpha_t: Float[Tensor, "*rows"],
     alpha_s: Float[Tensor, "*rows"],
@@ -275,7 +276,7 @@ class Uniform(Kernel):
         prediction = clean.predict(free)
         own = own_log_prob(prediction.logits, prediction.tokens).to(numbers.dtype).exp()
         t, s = (_on_rows(alpha, free, numbers) for alpha in (alpha_t, alpha_s))
-        take_clean, take_noise = _routes(own, t, s, numbers[free], self.vocab_size)
+        take_clean, take_noise = uniform_routes(own, t, s, numbers[free], self.vocab_size)
         chosen, u = state.tokens[free], choices[free]
         chosen = torch.where(take_noise, random_tokens(u, self.vocab_size), chosen)
         if bool(take_clean.any()):
@@ -498,7 +499,7 @@ class RefreshedAbsorbing(Absorbing):
         x_t = x[free]
         is_clean = equal < own  # x_0 = x_t
         t, s = (_on_rows(alpha, free, equal) for alpha in (alpha_t, alpha_s))
-        take_clean, take_noise = _routes(is_clean.to(t.dtype), t, s, route, self.vocab_size)
+        take_clean, take_noise = uniform_routes(is_clean.to(t.dtype), t, s, route, self.vocab_size)
         x_0 = x_t.clone()
         # Where x_0 differs from x_t but x_s stays at x_t, nobody asks which token x_0 is.
         needed = ~is_clean & (take_clean | take_noise)

@@ -20,10 +20,18 @@ from torch import Tensor
 from wellposed.batches import TextBatch
 from wellposed.paths import Linear
 from wellposed.saving import saved_class
-from wellposed.udm.corrector import Corrector, Selection, _choose, _resampled, _scattered, correct, selection_scores
+from wellposed.udm.corrector import (
+    Corrector,
+    Selection,
+    choose_positions,
+    correct,
+    resample,
+    scattered,
+    selection_scores,
+)
 from wellposed.udm.draws import Generators, Truncation, draw_tokens, random_tokens, uniform_numbers
 from wellposed.udm.grids import GridSpacing, alpha_grid, time_at
-from wellposed.udm.kernels import Kernel, TokenState, Uniform, _routes, kernel_named, own_log_prob
+from wellposed.udm.kernels import Kernel, TokenState, Uniform, kernel_named, own_log_prob, uniform_routes
 from wellposed.udm.models import GivenLogits
 from wellposed.udm.prediction import Prediction
 from wellposed.udm.steps import Plugged, SamplingRecord, SamplingSettings, ancestral_step
@@ -442,7 +450,7 @@ class LeaveOneOutDDIMScheduler(DiscreteDDIMScheduler):
         x_0 = x_0.view_as(sample)
 
         t, s = (torch.full_like(routes, alpha) for alpha in (alpha_t, alpha_s))
-        take_clean, take_noise = _routes((x_0 == sample).to(routes.dtype), t, s, routes, model_output.shape[-1])
+        take_clean, take_noise = uniform_routes((x_0 == sample).to(routes.dtype), t, s, routes, model_output.shape[-1])
         prev_sample = torch.where(take_noise, random_tokens(noise, model_output.shape[-1]), sample)
         prev_sample = torch.where(take_clean, x_0, prev_sample)
         return _ddim_output(prev_sample, x_0, sampled_probs.view(sample.shape), model_output, return_dict)
@@ -479,14 +487,16 @@ class LeaveOneOutDDIMScheduler(DiscreteDDIMScheduler):
         )
         everywhere = torch.ones_like(sample, dtype=torch.bool)
         if self.corrector.selection == "random":
-            chosen = _choose(torch.zeros(sample.shape, device=sample.device), everywhere, self.corrector, generator)
+            chosen = choose_positions(
+                torch.zeros(sample.shape, device=sample.device), everywhere, self.corrector, generator
+            )
             rows = plugged.predict(chosen)
         else:
             prediction = plugged.predict(everywhere)
-            scores = _scattered(selection_scores(prediction, self.corrector.selection), everywhere)
-            chosen = _choose(scores, everywhere, self.corrector, generator)
+            scores = scattered(selection_scores(prediction, self.corrector.selection), everywhere)
+            chosen = choose_positions(scores, everywhere, self.corrector, generator)
             rows = prediction.rows(chosen.flatten())
-        prev_sample = _resampled(plugged, rows, sample, chosen, generator)
+        prev_sample = resample(plugged, rows, sample, chosen, generator)
         resampled = prev_sample[chosen]
         clean = own_log_prob(rows.logits, resampled).exp()
         probs = alpha * clean + (1 - alpha) / kernel.vocab_size
