@@ -1,6 +1,6 @@
 """Every Python block of the README is short, and runs as it stands.
 
-The weights they name lie on a hub. Here a pipeline of the same class and configuration takes their place, with a
+The weights they name lie on a hub, or in a run folder. Here a pipeline of the same class and configuration takes their place, with a
 network small enough for a test. A new hub id in the README needs a line in ``STAND_INS``.
 """
 
@@ -11,6 +11,11 @@ from typing import Any
 
 import pytest
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
+
+from wellposed.data.tokenizers import byte_tokenizer
+from wellposed.models import UniformDiffusionTransformerModel
+from wellposed.pipelines import UniformDiffusionPipeline
+from wellposed.schedulers import UniformDiffusionScheduler
 
 README = Path(__file__).parents[2] / "README.md"
 MAX_LINES = 8
@@ -37,7 +42,19 @@ def ddpm_cifar10() -> DiffusionPipeline:
     return DDPMPipeline(unet=unet, scheduler=DDPMScheduler(variance_type="fixed_large"))
 
 
-STAND_INS: dict[str, Callable[[], DiffusionPipeline]] = {"google/ddpm-cifar10-32": ddpm_cifar10}
+def udm_tiny() -> DiffusionPipeline:
+    network = UniformDiffusionTransformerModel(
+        vocab_size=256, num_layers=1, num_attention_heads=1, attention_head_dim=8, cond_dim=8, given_embedding=True
+    )
+    return UniformDiffusionPipeline(
+        transformer=network.eval(), scheduler=UniformDiffusionScheduler(), tokenizer=byte_tokenizer()
+    )
+
+
+STAND_INS: dict[str, Callable[[], DiffusionPipeline]] = {
+    "google/ddpm-cifar10-32": ddpm_cifar10,
+    "runs/udm_tiny/pipeline": udm_tiny,
+}
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ class DemoSettings:
         guided_digits: images of a guided run on the digits, a multiple of 10.
         classifier_steps: training steps of the classifier of noised digits.
         token_steps: numbers of reverse steps of the exact token samplers.
+        text_files: of Python's standard library, to train on.
         text_training_steps: of each of the four language models.
         text_temperatures: at which they are sampled.
         text_evaluations: network evaluations of a text.
@@ -40,6 +41,7 @@ class DemoSettings:
     guided_digits: int = 150
     classifier_steps: int = 500
     token_steps: tuple[int, ...] = (2, 4, 8, 16, 32, 64, 128)
+    text_files: int = 160
     text_training_steps: int = 400
     text_temperatures: tuple[float, ...] = (0.8, 0.9, 1.0)
     text_evaluations: int = 16

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ def token_study(stages: Stages, settings: DemoSettings) -> dict[str, Any]:
 
     def compute(folder: Path) -> dict[str, Any]:
         oracle = _random_law(stages.seed)
-        alphas = torch.linspace(0.02, 0.98, 49, dtype=torch.float64)
+        alphas = torch.linspace(0.02, 0.98, 25, dtype=torch.float64)
         return {
             "alphas": alphas.tolist(),
             "density": {name: [_density(oracle, float(alpha), name) for alpha in alphas] for name in READINGS},
@@ -145,7 +146,7 @@ def _distance(oracle: TokenOracle, sampler: str, steps: int) -> float:
 def text_study(stages: Stages, settings: DemoSettings, *, device: str) -> dict[str, Any]:
     """Small language models on Python's own source: uniform with two heads, absorbing, masked; sampled in many ways."""
     folder = stages.folder / "text"
-    base = _demo_recipe()
+    base = _demo_recipe(settings)
     steps = settings.text_training_steps
 
     def train(where: Path) -> dict[str, Any]:
@@ -153,7 +154,12 @@ def text_study(stages: Stages, settings: DemoSettings, *, device: str) -> dict[s
             train_contender(base, name, folder, steps=steps, seed=stages.seed, device=device)
         return {name: bounds(base, name, folder, steps=steps, seed=stages.seed, device=device) for name in CONTENDERS}
 
-    held_out = stages.run("text", "Training four language models on Python's source", {"steps": steps}, train).metrics
+    held_out = stages.run(
+        "text",
+        "Training four language models on Python's source",
+        {"steps": steps, "files": settings.text_files},
+        train,
+    ).metrics
 
     def compute(where: Path) -> dict[str, Any]:
         judge, real = judge_of(base, folder, CONTENDERS[0], stages.seed)
@@ -181,6 +187,7 @@ def text_study(stages: Stages, settings: DemoSettings, *, device: str) -> dict[s
 
     chosen = {
         "training_steps": steps,
+        "files": settings.text_files,
         "temperatures": settings.text_temperatures,
         "evaluations": settings.text_evaluations,
         "samples": settings.text_samples,
@@ -195,15 +202,15 @@ def text_frontiers(text: Mapping[str, Any]) -> dict[str, Frontier]:
     return {name: Frontier.from_dict(record) for name, record in text["frontiers"].items()}
 
 
-def _demo_recipe() -> TextRecipe:
+def _demo_recipe(settings: DemoSettings) -> TextRecipe:
     base: Any = recipe_named("udm_tiny")
     return replace(
         base,
-        texts=source_bytes,
+        texts=partial(source_bytes, files=settings.text_files),
         network=replace(base.network, num_layers=2),
         training=replace(base.training, warmup_steps=50, ema_decay=0.98, betas=(0.9, 0.95)),
         sampling=replace(base.sampling, batch_size=128),
-        evaluation=replace(base.evaluation, num_samples=128, num_validation=512),
+        evaluation=replace(base.evaluation, num_samples=settings.text_samples, num_validation=512),
     )
 
 
