@@ -113,7 +113,7 @@ def _gap(text: Mapping[str, Any], settings: DemoSettings) -> Section:
         rows=tuple(rows),
         caption=(
             f"{settings.text_samples} texts of each, {settings.text_evaluations} network evaluations for every text. "
-            f"The judge is the {text['judge']} of the training text. A low perplexity is worth little where the "
+            f"The judge is {text['judge']}. A low perplexity is worth little where the "
             "entropy falls below that of real text: read both."
         ),
     )
@@ -171,8 +171,7 @@ def _frontier(text: Mapping[str, Any], settings: DemoSettings) -> Section:
 
 def _texts(text: Mapping[str, Any]) -> Section:
     rows = tuple(
-        (method_style(way).label, f"`{written[:200]!r}`".replace("\\n", " ⏎ "))
-        for way, written in text["texts"].items()
+        (method_style(way).label, f"`{written[:90]!r}`".replace("\\n", " ⏎ ")) for way, written in text["texts"].items()
     )
     table = Table(
         columns=("sampled by", "first text, not picked"),
