@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--train", nargs="+", choices=list(CONTENDERS), help="train these and stop")
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--evaluations", type=int, default=32)
-    parser.add_argument("--samples", type=int, default=96)
+    parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--device", default="cpu")
     chosen = parser.parse_args()
     started = datetime.now(UTC)

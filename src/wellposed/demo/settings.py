@@ -42,7 +42,7 @@ class DemoSettings:
     classifier_steps: int = 500
     token_steps: tuple[int, ...] = (2, 4, 8, 16, 32, 64, 128)
     text_files: int = 160
-    text_training_steps: int = 400
+    text_training_steps: int = 300
     text_temperatures: tuple[float, ...] = (0.8, 0.9, 1.0)
     text_evaluations: int = 16
-    text_samples: int = 128
+    text_samples: int = 64
