@@ -1,7 +1,7 @@
 """Every Python block of the README is short, and runs as it stands.
 
-The weights they name lie on a hub, or in a run folder. Here a pipeline of the same class and configuration takes their place, with a
-network small enough for a test. A new hub id in the README needs a line in ``STAND_INS``.
+The weights they name lie on a hub, or in a run folder. Here a pipeline of the same class and configuration takes their
+place, with a network small enough for a test. A new name in the README needs a line in ``STAND_INS``.
 """
 
 import re
