@@ -40,7 +40,7 @@ def parameters(recipe: TextRecipe, vocab_size: int) -> int:
 @pytest.mark.parametrize(
     ("recipe", "vocab_size", "low", "high"),
     [
-        (udm_tiny(), 1024, 1.0e6, 2.0e6),
+        (udm_tiny(), 257, 1.0e6, 2.0e6),
         (udm_sudoku_tiny(), 4, 0.2e6, 0.5e6),
         (udm_owt(), 50257, 165e6, 175e6),
         (udm_lm1b(), 30522, 135e6, 145e6),
@@ -72,13 +72,13 @@ def test_published_settings_of_sudoku() -> None:
 
 def test_the_tiny_recipe_is_about_the_standard_library() -> None:
     sets = udm_tiny().sets()
-    assert len(sets.tokenizer) == 1024
+    assert len(sets.tokenizer) == 257
     validation = sets.validation
     assert "Python standard library" in validation.name
     assert len(validation) >= udm_tiny().evaluation.num_validation
     tokens = validation.batch([0]).tokens
-    assert tokens.shape == (1, 64)
-    assert len(sets.tokenizer.decode(tokens[0])) > 64
+    assert tokens.shape == (1, 128)
+    assert "import" in sets.tokenizer.decode(validation.batch(range(50)).tokens.flatten())
 
 
 @pytest.mark.parametrize("recipe", [udm_sudoku(), udm_sudoku_tiny()], ids=lambda recipe: recipe.name)
