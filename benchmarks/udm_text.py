@@ -26,7 +26,6 @@ from wellposed.recipes.udm_comparison import (
     bounds,
     frontiers,
     judge_of,
-    source_bytes,
     train_contender,
 )
 from wellposed.report.record import write_result
@@ -51,7 +50,6 @@ def recipe() -> TextRecipe:
     base: Any = recipe_named("udm_tiny")
     return replace(
         base,
-        texts=source_bytes,
         block_length=64,
         network=replace(base.network, num_layers=3),
         training=replace(base.training, batch_size=32, learning_rate=2e-3, warmup_steps=50, betas=(0.9, 0.95)),

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 from matplotlib.lines import Line2D
 
-from wellposed.report.styles import METHOD_STYLES, method_style
+from wellposed.report.styles import COVARIANCE_STYLES, METHOD_STYLES, TOKEN_STYLES, method_style
+
+TABLES = [COVARIANCE_STYLES, TOKEN_STYLES]
 
 # Linear RGB as it looks without one kind of cone, at full severity: Machado, Oliveira and Fernandes 2009.
 VISIONS = {
@@ -29,9 +31,10 @@ def lab(linear):
     return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
 
 
+@pytest.mark.parametrize("table", TABLES, ids=["covariances", "tokens"])
 @pytest.mark.parametrize("vision", VISIONS)
-def test_colors_can_be_told_apart_with_every_colour_vision(vision):
-    seen = {name: lab(np.array(VISIONS[vision]) @ linear_rgb(style.color)) for name, style in METHOD_STYLES.items()}
+def test_colors_can_be_told_apart_with_every_colour_vision(vision, table):
+    seen = {name: lab(np.array(VISIONS[vision]) @ linear_rgb(style.color)) for name, style in table.items()}
     distance, *pair = min((float(np.linalg.norm(seen[a] - seen[b])), a, b) for a, b in combinations(seen, 2))
     assert distance > 7.5, pair
 
@@ -42,8 +45,9 @@ def test_colors_stand_out_from_white():
         assert 1.05 / (luminance + 0.05) > 1.75, name
 
 
-def test_no_two_methods_look_alike_without_colour():
-    looks = [(style.marker, style.dash, style.hollow, style.width) for style in METHOD_STYLES.values()]
+@pytest.mark.parametrize("table", TABLES, ids=["covariances", "tokens"])
+def test_no_two_methods_look_alike_without_colour(table):
+    looks = [(style.marker, style.dash, style.hollow, style.width) for style in table.values()]
     assert len(set(looks)) == len(looks)
 
 

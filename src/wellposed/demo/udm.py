@@ -21,13 +21,13 @@ from wellposed.recipes.index import recipe_named
 from wellposed.recipes.run_folder import RunFolder
 from wellposed.recipes.text_draw import draw_texts, empty_canvas, load_pipeline
 from wellposed.recipes.text_recipe import TextRecipe
+from wellposed.recipes.udm import source_bytes
 from wellposed.recipes.udm_comparison import (
     WAYS,
     bounds,
     frontiers,
     judge_of,
     run_folder,
-    source_bytes,
     train_contender,
 )
 from wellposed.udm.grids import GridSpacing, alpha_grid
@@ -207,8 +207,9 @@ def _demo_recipe(settings: DemoSettings) -> TextRecipe:
     return replace(
         base,
         texts=partial(source_bytes, files=settings.text_files),
+        block_length=64,
         network=replace(base.network, num_layers=2),
-        training=replace(base.training, warmup_steps=50, ema_decay=0.98, betas=(0.9, 0.95)),
+        training=replace(base.training, batch_size=32, ema_decay=0.98),
         sampling=replace(base.sampling, batch_size=128),
         evaluation=replace(base.evaluation, num_samples=settings.text_samples, num_validation=512),
     )

@@ -18,7 +18,7 @@ from wellposed.evaluation.text import GenerativePerplexity, generative_perplexit
 from wellposed.recipes.device import resolved_device
 from wellposed.recipes.run_folder import RunFolder
 from wellposed.recipes.text_draw import draw_texts, empty_canvas, load_pipeline
-from wellposed.recipes.text_recipe import Head, KernelName, Loss, TextRecipe, TextSets
+from wellposed.recipes.text_recipe import Head, KernelName, Loss, TextRecipe
 from wellposed.recipes.text_train import train_texts, validation_bound
 from wellposed.recipes.udm import with_head, with_kernel, with_loss
 
@@ -32,7 +32,6 @@ __all__ = [
     "frontiers",
     "judge_of",
     "run_folder",
-    "source_bytes",
     "train_contender",
 ]
 
@@ -88,26 +87,6 @@ WAYS: dict[str, Way] = {
     "mdm_nucleus": Way(contender="mdm", changes={"top_p": 0.9}),
 }
 """Plain ancestral sampling, and what differs from it."""
-
-
-def source_bytes(folder: Path, tokenizer: Any, block_length: int, *, files: int | None = None) -> TextSets:
-    """Python's standard library's own source in bytes, learned in far fewer steps than in byte pairs.
-
-    ``files`` limits how many are trained on; a quarter of that is held out.
-    """
-    from wellposed.data.corpora import python_source
-    from wellposed.data.text import pack
-    from wellposed.data.tokenizers import byte_tokenizer
-
-    chosen = tokenizer or byte_tokenizer(special_tokens=("eos",))
-    train, validation = python_source("train"), python_source("validation")
-    if files is not None:
-        train, validation = train.first(files), validation.first(max(1, files // 4))
-    return TextSets(
-        tokenizer=chosen,
-        load_train=lambda: pack(train, chosen, block_length, wrap="eos", shifted=True),
-        load_validation=lambda: pack(validation, chosen, block_length, wrap="eos"),
-    )
 
 
 def contender_recipe(base: TextRecipe, name: str, *, steps: int) -> TextRecipe:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
-__all__ = ["METHOD_STYLES", "Dash", "MethodStyle", "method_style"]
+__all__ = ["COVARIANCE_STYLES", "METHOD_STYLES", "TOKEN_STYLES", "Dash", "MethodStyle", "method_style"]
 
 Dash = Literal["solid", "dashed", "dotted", "dashdot"]
 
@@ -46,7 +46,7 @@ class MethodStyle:
     width: float = 1.5
 
 
-METHOD_STYLES: Mapping[str, MethodStyle] = MappingProxyType(
+COVARIANCE_STYLES: Mapping[str, MethodStyle] = MappingProxyType(
     {
         "full": MethodStyle(label="full", color="#132d7d", marker="o", hollow=True, width=2.2),
         "lgs": MethodStyle(label="LGS, adaptive m", color="#0072b2", marker="o", width=2.2),
@@ -65,10 +65,15 @@ METHOD_STYLES: Mapping[str, MethodStyle] = MappingProxyType(
         "ocm": MethodStyle(label="OCM", color="#6c2f67", marker="p"),
         "ddim": MethodStyle(label="DDIM", color="#009e73", marker="*", dash="dashed"),
         "dpm_solver": MethodStyle(label="DPM-Solver++", color="#406635", marker="h", dash="dashdot", hollow=True),
+    }
+)
+
+TOKEN_STYLES: Mapping[str, MethodStyle] = MappingProxyType(
+    {
         "udm_denoiser": MethodStyle(label="uniform, denoiser head", color="#d55e00", marker="s", hollow=True),
         "udm_misread": MethodStyle(label="uniform, denoiser misread", color="#e69f00", marker="X", dash="dotted"),
         "udm_loo": MethodStyle(label="uniform, leave-one-out", color="#0072b2", marker="o", width=2.2),
-        "udm_loo_geometric": MethodStyle(label="the same, geometric grid", color="#6cadfc", marker="^", dash="dashed"),
+        "udm_loo_geometric": MethodStyle(label="the same, geometric grid", color="#8fc2fd", marker="^", dash="dashed"),
         "udm_loo_corrector": MethodStyle(label="leave-one-out, corrector", color="#132d7d", marker="D"),
         "udm_loo_random_corrector": MethodStyle(
             label="leave-one-out, exact corrector", color="#5a74e4", marker="d", dash="dashdot"
@@ -81,12 +86,15 @@ METHOD_STYLES: Mapping[str, MethodStyle] = MappingProxyType(
         ),
         "audm": MethodStyle(label="absorbing", color="#009e73", marker="h"),
         "reaudm": MethodStyle(label="absorbing, refreshed", color="#406635", marker="*", dash="dashdot"),
-        "audm_nucleus": MethodStyle(label="absorbing, nucleus", color="#77b39c", marker="p", dash="dashed"),
+        "audm_nucleus": MethodStyle(label="absorbing, nucleus", color="#6fc3a0", marker="p", dash="dashed"),
         "mdm": MethodStyle(label="masked", color="#353535", marker="P", dash="dashed"),
-        "mdm_nucleus": MethodStyle(label="masked, nucleus", color="#8a8a8a", marker="X", dash="dotted"),
+        "mdm_nucleus": MethodStyle(label="masked, nucleus", color="#a8a8a8", marker="P", dash="dotted"),
         "max_coupling": MethodStyle(label="maximal coupling", color="#a372a3", marker=">", dash="dashdot"),
     }
 )
+
+METHOD_STYLES: Mapping[str, MethodStyle] = MappingProxyType({**COVARIANCE_STYLES, **TOKEN_STYLES})
+"""All of them. A figure shows methods of one table; within it they can be told apart."""
 
 _OTHERS = (
     MethodStyle(label="", color="#0072b2", marker="o"),
