@@ -86,7 +86,7 @@ TOKEN_STYLES: Mapping[str, MethodStyle] = MappingProxyType(
         ),
         "audm": MethodStyle(label="absorbing", color="#009e73", marker="h"),
         "reaudm": MethodStyle(label="absorbing, refreshed", color="#406635", marker="*", dash="dashdot"),
-        "audm_nucleus": MethodStyle(label="absorbing, nucleus", color="#6fc3a0", marker="p", dash="dashed"),
+        "audm_nucleus": MethodStyle(label="absorbing, nucleus", color="#48d682", marker="p", dash="dashed"),
         "mdm": MethodStyle(label="masked", color="#353535", marker="P", dash="dashed"),
         "mdm_nucleus": MethodStyle(label="masked, nucleus", color="#a8a8a8", marker="P", dash="dotted"),
         "max_coupling": MethodStyle(label="maximal coupling", color="#a372a3", marker=">", dash="dashdot"),
