@@ -51,7 +51,7 @@ def recipe() -> TextRecipe:
     return replace(
         base,
         block_length=64,
-        network=replace(base.network, num_layers=3),
+        network=replace(base.network, num_layers=3, given_embedding=False),
         training=replace(base.training, batch_size=32, learning_rate=2e-3, warmup_steps=50, betas=(0.9, 0.95)),
         sampling=replace(base.sampling, batch_size=128),
     )

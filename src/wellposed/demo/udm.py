@@ -208,7 +208,7 @@ def _demo_recipe(settings: DemoSettings) -> TextRecipe:
         base,
         texts=partial(source_bytes, files=settings.text_files),
         block_length=64,
-        network=replace(base.network, num_layers=2),
+        network=replace(base.network, num_layers=2, given_embedding=False),
         training=replace(base.training, batch_size=32, ema_decay=0.98),
         sampling=replace(base.sampling, batch_size=128),
         evaluation=replace(base.evaluation, num_samples=settings.text_samples, num_validation=512),

@@ -90,7 +90,7 @@ WAYS: dict[str, Way] = {
 
 
 def contender_recipe(base: TextRecipe, name: str, *, steps: int) -> TextRecipe:
-    """The recipe of a contender: nothing given, one checkpoint at its end.
+    """The recipe of a contender: nothing given but what the data give, one checkpoint at its end.
 
     Raises:
         KeyError: no such contender.
@@ -101,7 +101,6 @@ def contender_recipe(base: TextRecipe, name: str, *, steps: int) -> TextRecipe:
         recipe,
         name=f"{base.name}-{name}",
         prompts=None,
-        network=replace(recipe.network, given_embedding=False),
         training=replace(recipe.training, max_steps=steps, checkpoint_every=steps),
     )
 
