@@ -1,8 +1,8 @@
 """Sudoku of 4 x 4, a task with a right answer: what the parameterisation, the kernel and revision are worth.
 
-A puzzle is its grid, whose clues are given (K = 4; the published layout, puzzle and solution one after the other, K = 15,
-is ``udm_sudoku`` and takes longer). Measured over seeds: the share of puzzles solved at equal numbers of network evaluations, and for the absorbing kernels
-how often a position that was revealed is taken back: ReAUDM revises where the vocabulary is small.
+A puzzle is its grid, whose clues are given (K = 4). The published layout, puzzle and solution one after the other with
+K = 15, is the recipe ``udm_sudoku`` and takes longer. Measured over seeds: the share of puzzles solved at equal numbers
+of network evaluations, and for the absorbing kernels how often a position that was revealed is taken back.
 
     python benchmarks/udm_sudoku.py --seeds 0 1 2
 """
