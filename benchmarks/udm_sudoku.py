@@ -17,10 +17,11 @@ import torch
 
 from wellposed.batches import TextBatch
 from wellposed.data.sudoku import is_solution
+from wellposed.data.tokenizers import character_tokenizer
 from wellposed.recipes.index import recipe_named
 from wellposed.recipes.run_folder import RunFolder
 from wellposed.recipes.text_draw import load_pipeline, token_model
-from wellposed.recipes.text_recipe import TextRecipe
+from wellposed.recipes.text_recipe import TextRecipe, TextSets
 from wellposed.recipes.udm_comparison import CONTENDERS, run_folder, train_contender
 from wellposed.report.record import write_result
 from wellposed.training.context import derived_seed
@@ -29,6 +30,8 @@ from wellposed.udm.grids import alpha_grid
 from wellposed.udm.kernels import TokenState, kernel_named
 from wellposed.udm.remasking import Remasking
 from wellposed.udm.sampler import sample, split_budget
+
+LETTERS = "123456789!#$%&."
 
 WAYS: dict[str, dict[str, Any]] = {
     "udm_denoiser": {"contender": "udm_denoiser"},
@@ -43,11 +46,18 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-def recipe() -> TextRecipe:
-    """``udm_sudoku_tiny`` with the optimiser of the text benchmark."""
+def recipe(vocabulary: int) -> TextRecipe:
+    """``udm_sudoku_tiny`` with the optimiser of the text benchmark, and with tokens that never occur."""
     base: Any = recipe_named("udm_sudoku_tiny")
+
+    def puzzles(folder: Path, tokenizer: Any, block_length: int) -> TextSets:
+        sets = base.texts(folder, tokenizer, block_length)
+        return replace(sets, tokenizer=tokenizer or character_tokenizer(LETTERS[:vocabulary], unknown="1"))
+
     return replace(
-        base, training=replace(base.training, learning_rate=2e-3, warmup_steps=50, betas=(0.9, 0.95), ema_decay=0.98)
+        base,
+        texts=puzzles,
+        training=replace(base.training, learning_rate=2e-3, warmup_steps=50, betas=(0.9, 0.95), ema_decay=0.98),
     )
 
 
@@ -96,17 +106,20 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--evaluations", type=int, nargs="+", default=[2, 4, 8, 16])
+    parser.add_argument("--vocabulary", type=int, choices=range(4, 16), default=4, help="15 is that of 9 x 9")
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--count", type=int, default=250)
     parser.add_argument("--device", default="cpu")
     chosen = parser.parse_args()
     started = datetime.now(UTC)
-    base = recipe()
+    base = recipe(chosen.vocabulary)
     data = base.sets().validation
-    found: dict[str, dict[str, list[dict[str, float]]]] = {way: {} for way in WAYS}
+    ways = {name: WAYS[name] for name in chosen.ways}
+    found: dict[str, dict[str, list[dict[str, float]]]] = {way: {} for way in ways}
     for seed in chosen.seeds:
-        for name in dict.fromkeys(way["contender"] for way in WAYS.values()):
+        for name in dict.fromkeys(way["contender"] for way in ways.values()):
             train_contender(base, name, chosen.out, steps=chosen.steps, seed=seed, device=chosen.device, progress=False)
-        for name, way in WAYS.items():
+        for name, way in ways.items():
             folder = RunFolder(run_folder(chosen.out, way["contender"], seed))
             network = load_pipeline(folder.pipeline, torch.device(chosen.device)).transformer
             for steps in chosen.evaluations:
@@ -118,7 +131,11 @@ def main() -> None:
             )
             print(f"seed {seed}  {name:22} {line}", flush=True)
     settings = {name: value for name, value in vars(chosen).items() if name != "out"} | {"recipe": base.settings()}
-    print(write_result("udm-sudoku4", {"ways": found}, settings, seed=chosen.seeds[0], started=started))
+    print(
+        write_result(
+            f"udm-sudoku4-k{chosen.vocabulary}", {"ways": found}, settings, seed=chosen.seeds[0], started=started
+        )
+    )
 
 
 if __name__ == "__main__":
