@@ -81,6 +81,8 @@ def full_covariance(
 class _LinearizedForward:
     """Runs the network with a graph to its sample, keeps the graph for the scheduler, returns the output without it."""
 
+    keeps_graph = True  # read by hooks that have no derivative
+
     def __init__(
         self, module: nn.Module, forward: Callable[..., Any], calls: NetworkCalls, method: ProductMethod
     ) -> None:
@@ -186,6 +188,11 @@ def _check_network(name: str, model: nn.Module) -> None:
     slots = (vars(model).get("forward"), vars(model).get("_old_forward"))
     if any(isinstance(slot, _LinearizedForward) and slot.is_active for slot in slots):
         raise ValueError("this pipeline is inside a full_covariance block already; blocks do not nest")
+    if "token_reduction" in getattr(getattr(model, "_diffusers_hook", None), "hooks", {}):
+        raise ValueError(
+            f"token reduction is on the {name}, and it has no derivative for full_covariance to use; call "
+            "remove_token_reduction(pipe) first"
+        )
     if getattr(model, "_compiled_call_impl", None) is not None:
         raise ValueError(
             f"{name}.compile() compiles our wrapper along with the model; use {name}.compile_repeated_blocks() or "

@@ -1,0 +1,463 @@
+"""The transformer blocks of diffusers that tokens can be reduced in, and where their tokens sit.
+
+``TransformerBlockRegistry`` of diffusers knows which argument of a block is the image stream and which output. What an
+adapter adds: which rows of it are image tokens, which other arguments have one row for each token, how positions are
+passed, and the normalised states that the block's attention reads its keys from.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from diffusers.hooks._helpers import TransformerBlockRegistry
+from diffusers.models.attention import BasicTransformerBlock, JointTransformerBlock
+from diffusers.models.attention_processor import AttnProcessor2_0, JointAttnProcessor2_0
+from diffusers.models.transformers.transformer_flux import (
+    FluxAttnProcessor,
+    FluxSingleTransformerBlock,
+    FluxTransformerBlock,
+)
+from diffusers.models.transformers.transformer_flux2 import (
+    Flux2AttnProcessor,
+    Flux2KVAttnProcessor,
+    Flux2KVParallelSelfAttnProcessor,
+    Flux2Modulation,
+    Flux2ParallelSelfAttnProcessor,
+    Flux2SingleTransformerBlock,
+    Flux2TransformerBlock,
+)
+from diffusers.models.transformers.transformer_qwenimage import (
+    QwenDoubleStreamAttnProcessor2_0,
+    QwenImageTransformerBlock,
+)
+from diffusers.models.transformers.transformer_z_image import ZImageTransformerBlock, ZSingleStreamAttnProcessor
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from wellposed.dito.attention import AttentionInputs, joint_attention, parallel_attention
+from wellposed.dito.matching import TokenCorrespondence
+
+__all__ = ["BlockAdapter", "HostBlock", "Rows", "find_blocks", "supported_blocks"]
+
+Arguments = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A correspondence of the image tokens, in a sequence that has other rows before or after them.
+
+    Attributes:
+        tokens: the correspondence of the whole sequence; rows that are no image tokens are kept.
+        start: the first image row.
+    """
+
+    tokens: TokenCorrespondence
+    start: int
+
+    @classmethod
+    def around(cls, image: TokenCorrespondence, start: int, total: int) -> "Rows":
+        """``image`` at rows start, start + 1, ... of a sequence of ``total``."""
+        end = start + image.num_tokens
+        if start == 0 and end == total:
+            return cls(image, 0)
+        rows = torch.arange(total, device=image.keep.device).expand(image.keep.shape[0], -1)
+        after = total - end
+        keep = torch.cat([rows[:, :start], image.keep + start, rows[:, end:]], 1)
+        kept_rows = rows[:, : keep.shape[1]]
+        recover_from = torch.cat(
+            [rows[:, :start], image.recover_from + start, kept_rows[:, keep.shape[1] - after :]], 1
+        )
+        return cls(TokenCorrespondence(keep, recover_from, image.dropped + start), start)
+
+
+class BlockAdapter(ABC):
+    """One family of blocks.
+
+    Class attributes:
+        attentions: names of the self-attention modules.
+        rotation: the block's and the attention's argument with positions, or None.
+        per_token: further arguments of the block with one entry for each row of the image stream, on axis 1.
+        key_masks: the block's and the attention's argument that masks rows of the image stream as keys, or None.
+        text: the block's argument with a text stream of its own, or None.
+        image_outputs: which of the attention's outputs have a row for each row of its input.
+        processors: attention processors that :meth:`attend` agrees with.
+    """
+
+    attentions: tuple[str, ...] = ("attn",)
+    rotation: str | None = None
+    per_token: tuple[str, ...] = ()
+    key_masks: tuple[str, str] | None = None
+    text: str | None = "encoder_hidden_states"
+    image_outputs: tuple[int, ...] = (0,)
+    processors: tuple[type, ...] = ()
+
+    def block_start(self, rows: int, num_tokens: int) -> int:
+        """First image row of the block's image stream, of ``rows`` rows."""
+        return 0
+
+    def attention_start(self, rows: int, num_tokens: int) -> int:
+        """First image row of the attention's input."""
+        return 0
+
+    def rotation_rows(self, image: TokenCorrespondence, table: Any) -> Any:
+        """The positions of the rows that are left."""
+        if table is None:
+            return None
+        cos, sin = table
+        rows = Rows.around(image, len(cos) - image.num_tokens, len(cos)).tokens.keep
+        return _table_rows(cos, rows), _table_rows(sin, rows)
+
+    def refuse(self, arguments: Arguments) -> None:
+        """Raise for arguments that cannot be reduced.
+
+        Raises:
+            ValueError: a mask over image tokens, a key-value cache.
+        """
+        _refuse_mask(arguments, "attention_mask")
+
+    @abstractmethod
+    def attention_inputs(self, block: Any, arguments: Arguments) -> Sequence[Tensor]:
+        """The normalised states that each of the block's attention modules is given."""
+
+    def attend(self, attn: Any, arguments: Arguments, given: AttentionInputs) -> Any:
+        """What ``attn`` returns, with ``given`` in place of its sequence."""
+        return joint_attention(attn, replace(given, text=arguments.get("encoder_hidden_states")))
+
+    def check_processor(self, attn: Any) -> None:
+        """Raise for an attention that :meth:`attend` does not agree with.
+
+        Raises:
+            ValueError: an unknown processor (IP-Adapter, say), or fused projections.
+        """
+        if type(attn.processor) not in self.processors:
+            known = ", ".join(kind.__name__ for kind in self.processors)
+            raise ValueError(
+                f"keep_kv, proportional_attention and rotary positions in a batch need the attention processor {known}; "
+                f"this model has {type(attn.processor).__name__}. Unload the IP-Adapter or custom processor, or use "
+                "keep_kv=False with one image at a time"
+            )
+        if getattr(attn, "fused_projections", False):
+            raise ValueError(
+                "queries and keys are one fused projection here; call transformer.unfuse_qkv_projections() first"
+            )
+
+
+class FluxDual(BlockAdapter):
+    """FLUX: text and image streams; the joint sequence is text, image."""
+
+    rotation = "image_rotary_emb"
+    image_outputs = (0, 2)  # the third one is the IP-Adapter's
+    processors = (FluxAttnProcessor,)
+
+    def attention_inputs(self, block: Any, arguments: Arguments) -> Sequence[Tensor]:
+        """AdaLN-Zero of the image stream."""
+        return (block.norm1(arguments["hidden_states"], emb=arguments["temb"])[0],)
+
+
+class FluxSingle(BlockAdapter):
+    """FLUX: one stream of text, image inside; the block takes and returns them apart."""
+
+    rotation = "image_rotary_emb"
+    processors = (FluxAttnProcessor,)
+
+    def attention_start(self, rows: int, num_tokens: int) -> int:
+        """After the text."""
+        return rows - num_tokens
+
+    def attention_inputs(self, block: Any, arguments: Arguments) -> Sequence[Tensor]:
+        """AdaLN-Zero of text, image."""
+        sequence = torch.cat([arguments["encoder_hidden_states"], arguments["hidden_states"]], 1)
+        return (block.norm(sequence, emb=arguments["temb"])[0],)
+
+    def attend(self, attn: Any, arguments: Arguments, given: AttentionInputs) -> Any:
+        """No text stream: the text is in the sequence."""
+        return joint_attention(attn, given)
+
+
+class Flux2Dual(BlockAdapter):
+    """FLUX.2: as FLUX, with modulations computed once for all blocks."""
+
+    rotation = "image_rotary_emb"
+    processors = (Flux2AttnProcessor, Flux2KVAttnProcessor)
+
+    def refuse(self, arguments: Arguments) -> None:
+        """Also for cached reference keys."""
+        super().refuse(arguments)
+        _refuse_kv_cache(arguments)
+
+    def attention_inputs(self, block: Any, arguments: Arguments) -> Sequence[Tensor]:
+        """Modulated LayerNorm of the image stream."""
+        (shift, scale, _), _ = Flux2Modulation.split(arguments["temb_mod_img"], 2)
+        return ((1 + scale) * block.norm1(arguments["hidden_states"]) + shift,)
+
+
+class Flux2Single(BlockAdapter):
+    """FLUX.2: one stream of text, image, in and out; attention and MLP share their projections."""
+
+    rotation = "image_rotary_emb"
+    text = None
+    processors = (Flux2ParallelSelfAttnProcessor, Flux2KVParallelSelfAttnProcessor)
+
+    def block_start(self, rows: int, num_tokens: int) -> int:
+        """After the text."""
+        return rows - num_tokens
+
+    def attention_start(self, rows: int, num_tokens: int) -> int:
+        """After the text."""
+        return rows - num_tokens
+
+    def refuse(self, arguments: Arguments) -> None:
+        """Also for cached reference keys."""
+        super().refuse(arguments)
+        _refuse_kv_cache(arguments)
+
+    def attention_inputs(self, block: Any, arguments: Arguments) -> Sequence[Tensor]:
+        """Modulated LayerNorm of the sequence."""
+        shift, scale, _ = Flux2Modulation.split(arguments["temb_mod"], 1)[0]
+        return ((1 + scale) * block.norm(arguments["hidden_states"]) + shift,)
+
+    def attend(self, attn: Any, arguments: Arguments, given: AttentionInputs) -> Any:
+        """The MLP's rows are the queries'."""
+        return parallel_attention(attn, given)
+
+
+class JointBlock(BlockAdapter):
+    """SD3: text and image streams, no rotary positions; the joint sequence is image, text.
+
+    SD3.5's first blocks have a second attention over the image alone.
+    """
+
+    processors = (JointAttnProcessor2_0,)
+    attentions = ("attn", "attn2")
+
+    def attention_inputs(self, block: Any, arguments: Arguments) -> Sequence[Tensor]:
+        """AdaLN-Zero of the image stream, once for each attention."""
+        normalised = block.norm1(arguments["hidden_states"], emb=arguments["temb"])
+        return (normalised[0], normalised[5]) if block.use_dual_attention else (normalised[0],)
+
+    def attend(self, attn: Any, arguments: Arguments, given: AttentionInputs) -> Any:
+        """Image first."""
+        text = arguments.get("encoder_hidden_states")
+        return joint_attention(attn, replace(given, text=text), text_first=False)
+
+
+class PlainBlock(BlockAdapter):
+    """DiT and PixArt: self-attention over image tokens, then cross-attention, which is left alone."""
+
+    attentions = ("attn1",)
+    text = None
+    processors = (AttnProcessor2_0,)
+
+    def attention_inputs(self, block: Any, arguments: Arguments) -> Sequence[Tensor]:
+        """The block's first norm, in the form that its ``norm_type`` says.
+
+        Raises:
+            ValueError: a form that no supported model has.
+        """
+        x, timestep = arguments["hidden_states"], arguments.get("timestep")
+        match block.norm_type:
+            case "ada_norm_zero":
+                return (block.norm1(x, timestep, arguments.get("class_labels"), hidden_dtype=x.dtype)[0],)
+            case "ada_norm_single":
+                assert timestep is not None
+                table = block.scale_shift_table[None] + timestep.reshape(x.shape[0], 6, -1)
+                shift, scale = table.chunk(6, 1)[:2]
+                return (block.norm1(x) * (1 + scale) + shift,)
+            case "layer_norm":
+                return (block.norm1(x),)
+            case other:
+                raise ValueError(f"keep_kv knows no block with norm_type={other!r}; use keep_kv=False")
+
+    def attend(self, attn: Any, arguments: Arguments, given: AttentionInputs) -> Any:
+        """No text in self-attention."""
+        return joint_attention(attn, given)
+
+    def check_processor(self, attn: Any) -> None:
+        """Also for what U-Nets add to attention."""
+        super().check_processor(attn)
+        if attn.residual_connection or attn.rescale_output_factor != 1 or attn.group_norm or attn.spatial_norm:
+            raise ValueError("keep_kv knows no attention with a residual or a group norm of its own; use keep_kv=False")
+
+
+class QwenBlock(BlockAdapter):
+    """Qwen-Image: text and image streams with a rotary table each; the joint sequence is text, image."""
+
+    rotation = "image_rotary_emb"
+    per_token = ("modulate_index",)
+    processors = (QwenDoubleStreamAttnProcessor2_0,)
+
+    def rotation_rows(self, image: TokenCorrespondence, table: Any) -> Any:
+        """Of the image's table."""
+        return None if table is None else (_table_rows(table[0], image.keep), table[1])
+
+    def attention_inputs(self, block: Any, arguments: Arguments) -> Sequence[Tensor]:
+        """Modulated LayerNorm of the image stream."""
+        modulation = block.img_mod(arguments["temb"]).chunk(2, -1)[0]
+        normed = block.img_norm1(arguments["hidden_states"])
+        return (block._modulate(normed, modulation, arguments.get("modulate_index"))[0],)
+
+    def attend(self, attn: Any, arguments: Arguments, given: AttentionInputs) -> Any:
+        """The text's padding is masked, no image token is."""
+        mask = arguments.get("encoder_hidden_states_mask")
+        if mask is not None:
+            everything = mask.new_ones(mask.shape[0], given.keys.shape[1], dtype=torch.bool)
+            mask = torch.cat([mask.bool(), everything], 1)
+        text_rotation = None
+        query_rotation, key_rotation = given.query_rotation, given.key_rotation
+        if query_rotation is not None and key_rotation is not None:
+            text_rotation = query_rotation[1]
+            query_rotation, key_rotation = query_rotation[0], key_rotation[0]
+        text = arguments["encoder_hidden_states"]
+        return joint_attention(
+            attn,
+            replace(
+                given,
+                text=text,
+                mask=mask,
+                query_rotation=query_rotation,
+                key_rotation=key_rotation,
+                text_rotation=text_rotation,
+            ),
+        )
+
+
+class ZImageBlock(BlockAdapter):
+    """Z-Image: one stream of image, text, padded to the longest caption; positions for each sample."""
+
+    attentions = ("attention",)
+    rotation = "freqs_cis"
+    per_token = ("attn_mask",)
+    key_masks = ("attn_mask", "attention_mask")
+    text = None
+    processors = (ZSingleStreamAttnProcessor,)
+
+    def refuse(self, arguments: Arguments) -> None:
+        """Its masks are padding and have a row for each token."""
+
+    def rotation_rows(self, image: TokenCorrespondence, table: Any) -> Any:
+        """Of the sequence, image first."""
+        if table is None:
+            return None
+        rows = Rows.around(image, 0, table.shape[1]).tokens.keep
+        return table.gather(1, rows.unsqueeze(2).expand(-1, -1, table.shape[2]))
+
+    def attention_inputs(self, block: Any, arguments: Arguments) -> Sequence[Tensor]:
+        """Scaled RMSNorm of the sequence.
+
+        Raises:
+            ValueError: modulations for each token (several pictures per sample).
+        """
+        if arguments.get("noise_mask") is not None:
+            raise ValueError("several pictures per sample (omni mode) are not supported by token reduction")
+        normalised = block.attention_norm1(arguments["x"])
+        if block.modulation:
+            scale = block.adaLN_modulation(arguments["adaln_input"]).unsqueeze(1).chunk(4, 2)[0]
+            normalised = normalised * (1.0 + scale)
+        return (normalised,)
+
+    def attend(self, attn: Any, arguments: Arguments, given: AttentionInputs) -> Any:
+        """``given.mask`` is the padding of the keys."""
+        return joint_attention(attn, given)
+
+
+_ADAPTERS: dict[type[nn.Module], BlockAdapter] = {
+    FluxTransformerBlock: FluxDual(),
+    FluxSingleTransformerBlock: FluxSingle(),
+    Flux2TransformerBlock: Flux2Dual(),
+    Flux2SingleTransformerBlock: Flux2Single(),
+    JointTransformerBlock: JointBlock(),
+    BasicTransformerBlock: PlainBlock(),
+    QwenImageTransformerBlock: QwenBlock(),
+    ZImageTransformerBlock: ZImageBlock(),
+}
+
+# Lists of blocks that see no image tokens, or see them before they are joined to the text.
+_REFINERS = ("context_refiner", "noise_refiner", "siglip_refiner")
+
+
+@dataclass(frozen=True)
+class HostBlock:
+    """A block of a host model.
+
+    Attributes:
+        name: of the module within the model.
+        module: the block.
+        adapter: its family.
+    """
+
+    name: str
+    module: nn.Module
+    adapter: BlockAdapter
+
+    @property
+    def image_argument(self) -> str:
+        """Name of the block's image stream."""
+        return "x" if isinstance(self.adapter, ZImageBlock) else _metadata(self.module).hidden_states_argument_name
+
+    @property
+    def image_output(self) -> int | None:
+        """Which output is the image stream; None if the block returns nothing else."""
+        metadata = _metadata(self.module)
+        return None if metadata.return_encoder_hidden_states_index is None else metadata.return_hidden_states_index
+
+    def attentions(self) -> list[tuple[str, nn.Module]]:
+        """Its self-attention modules by their full name."""
+        found = [(name, getattr(self.module, name, None)) for name in self.adapter.attentions]
+        return [(f"{self.name}.{name}", module) for name, module in found if module is not None]
+
+
+def supported_blocks() -> tuple[str, ...]:
+    """Names of the block classes that tokens can be reduced in."""
+    return tuple(kind.__name__ for kind in _ADAPTERS)
+
+
+def find_blocks(transformer: nn.Module) -> list[HostBlock]:
+    """The blocks of a model, in order.
+
+    Raises:
+        ValueError: no block that is supported, or one that is not.
+    """
+    blocks: list[HostBlock] = []
+    unknown: set[str] = set()
+    for list_name, modules in transformer.named_children():
+        if not isinstance(modules, nn.ModuleList) or list_name in _REFINERS:
+            continue
+        for index, module in enumerate(modules):
+            adapter = _ADAPTERS.get(type(module))
+            if adapter is not None:
+                blocks.append(HostBlock(f"{list_name}.{index}", module, adapter))
+            elif type(module).__name__.endswith(("Block", "Layer")):
+                unknown.add(type(module).__name__)
+    if not blocks or unknown:
+        strange = ", ".join(sorted(unknown)) or "no known transformer block"
+        raise ValueError(
+            f"{type(transformer).__name__} has {strange}; token reduction supports {', '.join(supported_blocks())}"
+        )
+    return blocks
+
+
+def _metadata(block: nn.Module) -> Any:
+    return TransformerBlockRegistry.get(type(block))
+
+
+def _table_rows(table: Tensor, rows: Int[Tensor, "batch rows"]) -> Tensor:
+    """(rows, dim) where the batch is one, as hosts expect, else (batch, rows, dim)."""
+    table = table.to(rows.device)
+    return table[rows[0]] if rows.shape[0] == 1 else table[rows]
+
+
+def _refuse_mask(arguments: Arguments, name: str) -> None:
+    inside: Any = arguments.get("joint_attention_kwargs") or arguments.get("cross_attention_kwargs") or {}
+    if arguments.get(name) is not None or inside.get(name) is not None:
+        raise ValueError(
+            f"{name} is a mask over image tokens, of which reduced steps compute only some; token reduction takes calls "
+            "without one"
+        )
+
+
+def _refuse_kv_cache(arguments: Arguments) -> None:
+    inside: Any = arguments.get("joint_attention_kwargs") or {}
+    if inside.get("kv_cache_mode") is not None or arguments.get("kv_cache_mode") is not None:
+        raise ValueError("cached keys of reference images are not supported by token reduction; use kv_cache_mode=None")
