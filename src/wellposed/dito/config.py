@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from wellposed.dito.matching import BipartiteMatcher, Matcher, Reduction
 from wellposed.dito.schedule import FixedInterval, MatchingSchedule, RatioByPMR
@@ -30,11 +30,12 @@ class TokenReductionConfig:
             kept token sees another context than in a dense step.
         recovery: a dropped token is given the output of the one it follows ("copy"), or its own output of the Matching
             step plus the change of the one it follows ("delta", which keeps one row for each dropped token).
-        reduction: kept tokens go in as they are ("prune") or as the mean of those they stand for ("merge").
+        reduction: kept tokens go in as they are ("prune"), as the mean of those they stand for ("merge"), or as that
+            mean with the largest of their norms ("mlerp").
         proportional_attention: adds log(size) to the scores of reduced keys, so that a key weighs as many as it
             replaces. Needs an attention back end that takes masks; useless with ``keep_kv``.
-        schedule: which steps are Matching steps: dense, and followed by Reduction steps that reuse their pairs. None for
-            no Matching step after the first ones (``rematch`` then matches at every step).
+        schedule: which steps are Matching steps: dense, and followed by Reduction steps that reuse their pairs. None
+            for no Matching step after the first ones (``rematch`` then matches at every step).
         warmup_steps: dense steps at the start of every generation; the last of them is a Matching step.
         end_dense_steps: dense steps at the end. The number of steps is then read from the pipeline's cache context, or
             from ``num_inference_steps`` where the pipeline says none.
@@ -46,6 +47,7 @@ class TokenReductionConfig:
         frequency_penalty: lambda in score = similarity - lambda * (share of Reduction steps that dropped the token).
         ratio_by_pmr: lets the pair match ratio decide how much is reduced until the next Matching step.
         block_ratios: other ratios for some blocks by module name, 0 to leave a block alone.
+        block_reductions: another ``reduction`` for some blocks by module name.
         round_to: rows left to compute are a multiple of this.
         seed: of the destinations' own generator. The sampler's noise is never touched.
 
@@ -59,17 +61,18 @@ class TokenReductionConfig:
     recovery: Recovery = "delta"
     reduction: Reduction = "prune"
     proportional_attention: bool = False
-    schedule: MatchingSchedule | None = FixedInterval(interval=4)
+    schedule: MatchingSchedule | None = field(default_factory=FixedInterval)
     warmup_steps: int = 1
     end_dense_steps: int = 0
     num_inference_steps: int | None = None
     metric: Metric = "output"
     rematch: bool = False
-    matcher: Matcher = BipartiteMatcher()
+    matcher: Matcher = field(default_factory=BipartiteMatcher)
     window: tuple[int, int] = (2, 2)
     frequency_penalty: float = 0.0
     ratio_by_pmr: RatioByPMR | None = None
     block_ratios: Mapping[str, float] = field(default_factory=dict[str, float])
+    block_reductions: Mapping[str, Reduction] = field(default_factory=dict[str, Reduction])
     round_to: int = 16
     seed: int = 0
 
@@ -77,6 +80,15 @@ class TokenReductionConfig:
         for name, ratio in {"ratio": self.ratio, **self.block_ratios}.items():
             if not 0 <= ratio <= MAX_RATIO:
                 raise ValueError(f"{name} is {ratio}; it is a share of the image tokens in [0, {MAX_RATIO}]")
+        for name, value, words in (
+            ("scope", self.scope, get_args(Scope)),
+            ("recovery", self.recovery, get_args(Recovery)),
+            ("reduction", self.reduction, get_args(Reduction)),
+            ("metric", self.metric, get_args(Metric)),
+            *((f"reduction of {name}", value, get_args(Reduction)) for name, value in self.block_reductions.items()),
+        ):
+            if value not in words:
+                raise ValueError(f"{name} is {value!r}; it is one of {', '.join(words)}")
         if self.keep_kv and self.proportional_attention:
             raise ValueError("proportional_attention corrects reduced keys, and keep_kv reduces none; choose one")
         if self.rematch and self.metric != "input":
@@ -87,8 +99,8 @@ class TokenReductionConfig:
             raise ValueError("schedule=None reuses the first pairs for ever; give a schedule, or rematch=True")
         if self.warmup_steps < (0 if self.rematch else 1) or self.end_dense_steps < 0:
             raise ValueError(
-                f"warmup_steps is {self.warmup_steps} and end_dense_steps {self.end_dense_steps}; the first step has no "
-                "earlier output to match on and is dense (warmup_steps >= 1), and no number is negative"
+                f"warmup_steps is {self.warmup_steps} and end_dense_steps {self.end_dense_steps}; the first step has "
+                "no earlier output to match on and is dense (warmup_steps >= 1), and no number is negative"
             )
         if self.round_to < 1 or self.frequency_penalty < 0:
             raise ValueError(
@@ -113,6 +125,10 @@ class TokenReductionConfig:
     def ratio_of(self, block: str) -> float:
         """The ratio of a block by its module name."""
         return self.block_ratios.get(block, self.ratio)
+
+    def reduction_of(self, block: str) -> Reduction:
+        """How the kept tokens of a block are made, by its module name."""
+        return self.block_reductions.get(block, self.reduction)
 
     def with_ratio(self, ratio: float) -> "TokenReductionConfig":
         """The same settings at another ratio."""

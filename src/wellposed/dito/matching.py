@@ -1,7 +1,7 @@
 """Which tokens a module may skip, and whose output they are given instead.
 
-With ``o`` the output of a module for ``N`` image tokens, a correspondence drops ``k`` of them and lets every dropped token
-``i`` take the output of a kept token ``m(i)``. The error of doing so, were the kept outputs unchanged, is
+With ``o`` the output of a module for ``N`` image tokens, a correspondence drops ``k`` of them and lets every dropped
+token ``i`` take the output of a kept token ``m(i)``. The error of doing so, were the kept outputs unchanged, is
 
     E(R, m) = sum_{i in R} |o_i - o_m(i)|^2 / sum_{i in R} |o_i|^2,
 
@@ -26,14 +26,16 @@ __all__ = [
     "TokenCorrespondence",
     "TokenWindows",
     "match_tokens",
+    "most_similar",
     "num_reduced_tokens",
     "pair_match_ratio",
     "recovery_error",
 ]
 
-Reduction = Literal["prune", "merge"]
+Reduction = Literal["prune", "merge", "mlerp"]
 
 _SIMILARITY_BYTES = 64 * 2**20  # of one block of the similarity matrix, which is never kept
+_TINY = 1e-12  # a norm below it counts as zero: such a token is similar to none
 
 
 @dataclass(frozen=True)
@@ -86,12 +88,24 @@ class TokenCorrespondence:
     def reduce(
         self, x: Float[Tensor, "batch tokens channels"], *, how: Reduction = "prune"
     ) -> Float[Tensor, "batch kept channels"]:
-        """The kept rows of ``x``: as they are ("prune"), or averaged with those that follow them ("merge")."""
+        """The kept rows of ``x``.
+
+        As they are ("prune"), averaged with those that follow them ("merge"), or that average made as long as the
+        longest of them ("mlerp", arXiv 2312.01026: a plain average is shorter than what it stands for).
+        """
+        kept = take_rows(x, self.keep)
         if how == "prune":
-            return take_rows(x, self.keep)
-        merged = x.new_zeros(self.keep.shape[0] * self.num_kept, x.shape[2], dtype=torch.float32)
-        merged.index_add_(0, flat_rows(self.recover_from, self.num_kept), x.flatten(0, 1).float())
-        return (merged.unflatten(0, self.keep.shape) / self.sizes().unsqueeze(2)).to(x.dtype)
+            return kept
+        precise = _at_least_float32(x.dtype)
+        merged = kept.to(precise)
+        followed = flat_rows(self.recover_from.gather(1, self.dropped), self.num_kept)
+        merged.flatten(0, 1).index_add_(0, followed, take_rows(x, self.dropped).flatten(0, 1).to(precise))
+        merged /= self.sizes().unsqueeze(2)
+        if how == "mlerp":
+            norms = torch.linalg.vector_norm(x, dim=2, dtype=precise)
+            largest = norms.new_zeros(self.keep.shape).scatter_reduce_(1, self.recover_from, norms, "amax")
+            merged *= (largest / merged.norm(dim=2).clamp_min(_TINY)).unsqueeze(2)
+        return merged.to(x.dtype)
 
     def recover(self, y: Float[Tensor, "batch kept channels"]) -> Float[Tensor, "batch tokens channels"]:
         """Every token's row: its own, or that of the token it follows."""
@@ -110,7 +124,9 @@ class Matcher(Protocol):
         *,
         generator: torch.Generator,
         penalty: Float[Tensor, "batch tokens"] | None = None,
-    ) -> TokenCorrespondence: ...
+    ) -> TokenCorrespondence:
+        """Pairs; the shapes depend on the number of tokens and of those to drop only."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -229,11 +245,8 @@ def match_tokens(
 
         v_i = max_{j in D} cos(o_i, o_j),   m(i) = argmax,   R = the k sources with the largest v_i - penalty_i.
 
-    Never holds more than a block of the similarity matrix.
-
     Args:
-        output: what is to be copied from one token to another; similarities are computed in its own precision, norms in
-            float32.
+        output: what is to be copied from one token to another.
         destinations: tokens that stay and may be followed.
         sources: tokens that may be dropped. Tokens in neither stay.
         num_reduced: k.
@@ -247,16 +260,7 @@ def match_tokens(
         raise ValueError(f"{num_reduced} tokens cannot be dropped: there are {len(sources)} sources; lower the ratio")
     batch, num_tokens, _ = output.shape
     destinations, sources = destinations.to(output.device), sources.to(output.device)
-    unit = (output / output.float().norm(dim=2, keepdim=True).clamp_min(1e-12)).to(output.dtype)
-    to, rows = unit[:, destinations].transpose(1, 2), unit[:, sources]
-    copies = batch * len(destinations) * output.element_size()
-    similarity, nearest = [], []
-    for block in rows.split(max(1, _SIMILARITY_BYTES // copies), dim=1):
-        similar = block @ to
-        best = (similar.float().mean(0, keepdim=True) if shared else similar).max(2)
-        similarity.append(best.values.float())
-        nearest.append(best.indices)
-    score, index = torch.cat(similarity, 1), torch.cat(nearest, 1)
+    score, index = most_similar(output[:, sources], output[:, destinations], shared=shared)
     if penalty is not None:
         penalised = penalty[:, sources]
         score = score - (penalised.mean(0, keepdim=True) if shared else penalised)
@@ -265,6 +269,54 @@ def match_tokens(
     return TokenCorrespondence.from_pairs(
         num_tokens, dropped.expand(batch, -1).contiguous(), target.expand(batch, -1).contiguous()
     )
+
+
+def most_similar(
+    rows: Float[Tensor, "batch rows channels"],
+    candidates: Float[Tensor, "batch candidates channels"],
+    *,
+    shared: bool = False,
+) -> tuple[Float[Tensor, "groups rows"], Int[Tensor, "groups rows"]]:
+    """The cosine similarity of every row with the candidate that it is most similar to, and which one that is.
+
+    With u_j the unit vector of candidate j and c the mean of them, cos(o_i, o_j) = o_i . c / |o_i| + o_i . (u_j - c) /
+    |o_i|, and only the last term depends on j. Tokens have most of their direction in common, so that term is small: a
+    product in half precision, which resolves 1/256 just below 1 in bfloat16, tells candidates apart there that it could
+    not in the cosine itself.
+
+    Never holds more than a block of the similarity matrix.
+
+    Args:
+        rows: what looks for a candidate.
+        candidates: vectors of any norm; the product with them is taken in their own precision, all else in float32 or
+            better.
+        shared: one answer for the whole batch, from the similarities' mean over it.
+    """
+    precise = _at_least_float32(rows.dtype)
+    unit = candidates.to(precise)
+    unit = unit / unit.norm(dim=2, keepdim=True).clamp_min(_TINY)
+    centre = unit.mean(1, keepdim=True).transpose(1, 2)
+    others = (unit.transpose(1, 2) - centre).to(rows.dtype)
+    entry_bytes = precise.itemsize if shared else rows.element_size()
+    block_rows = max(1, _SIMILARITY_BYTES // (candidates.shape[0] * candidates.shape[1] * entry_bytes))
+    similarity: list[Tensor] = []
+    nearest: list[Tensor] = []
+    for block in rows.split(block_rows, dim=1):
+        exact = block.to(precise)
+        norm = exact.norm(dim=2, keepdim=True).clamp_min(_TINY)
+        common = (exact @ centre / norm).squeeze(2)
+        if rows.dtype == torch.float16:  # ends at 65504, which a product with rows of any norm may pass
+            product, norm = (exact / norm).to(rows.dtype) @ others, torch.ones_like(norm)
+        else:
+            product = block @ others
+        if shared:
+            best = (product / norm).mean(0, keepdim=True).max(2)
+            similarity.append(best.values + common.mean(0, keepdim=True))
+        else:
+            best = product.max(2)
+            similarity.append(best.values / norm.squeeze(2) + common)
+        nearest.append(best.indices)
+    return torch.cat(similarity, 1), torch.cat(nearest, 1)
 
 
 def num_reduced_tokens(num_tokens: int, num_sources: int, num_text: int, ratio: float, round_to: int = 1) -> int:
@@ -298,8 +350,9 @@ def recovery_error(
     correspondence: TokenCorrespondence, output: Float[Tensor, "batch tokens channels"]
 ) -> Float[Tensor, ""]:
     """E(R, m) of the module's head, for the whole batch: 0 if every dropped token equals the one it follows."""
-    true = take_rows(output, correspondence.dropped).float()
-    given = take_rows(output, correspondence.target).float()
+    precise = _at_least_float32(output.dtype)
+    true = take_rows(output, correspondence.dropped).to(precise)
+    given = take_rows(output, correspondence.target).to(precise)
     return (true - given).square().sum() / true.square().sum().clamp_min(1e-30)
 
 
@@ -314,3 +367,7 @@ def flat_rows(index: Int[Tensor, "batch rows"], num_tokens: int) -> Int[Tensor, 
     """Rows of a batch of ``num_tokens`` each, in the tensor with batch and tokens flattened."""
     offset = torch.arange(index.shape[0], device=index.device, dtype=index.dtype).unsqueeze(1) * num_tokens
     return (index + offset).flatten()
+
+
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
