@@ -134,7 +134,7 @@ class BlockAdapter(ABC):
         if type(attn.processor) not in self.processors:
             known = ", ".join(kind.__name__ for kind in self.processors)
             raise ValueError(
-                f"keep_kv, proportional_attention and rotary positions in a batch need the attention processor {known}; "
+                f"keep_kv, proportional_attention and rotary positions in a batch need attention by {known}; "
                 f"this model has {type(attn.processor).__name__}. Unload the IP-Adapter or custom processor, or use "
                 "keep_kv=False with one image at a time"
             )
@@ -452,8 +452,8 @@ def _refuse_mask(arguments: Arguments, name: str) -> None:
     inside: Any = arguments.get("joint_attention_kwargs") or arguments.get("cross_attention_kwargs") or {}
     if arguments.get(name) is not None or inside.get(name) is not None:
         raise ValueError(
-            f"{name} is a mask over image tokens, of which reduced steps compute only some; token reduction takes calls "
-            "without one"
+            f"{name} is a mask over image tokens, of which reduced steps compute only some; token reduction takes "
+            "calls without one"
         )
 
 

@@ -6,7 +6,6 @@ each of these apart. The projections, norms and output layers are called as modu
 layers act as they always do.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch.nn import functional
 __all__ = ["AttentionInputs", "joint_attention", "parallel_attention"]
 
 Rotation = Tensor | tuple[Tensor, Tensor]
-"""Rotary tables of some rows: (cos, sin) of interleaved pairs, or one complex table; (rows, dim) or (batch, rows, dim)."""
+"""Rotary tables: (cos, sin) of interleaved pairs, or one complex table; of (rows, dim) or (batch, rows, dim)."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +159,7 @@ def _attend(
 
 
 def _project_out(attn: Any, attended: Tensor) -> Tensor:
-    layers: Mapping[str, nn.Module] | Any = getattr(attn, "to_out", None)
+    layers: Any = getattr(attn, "to_out", None)
     if layers is None:  # a single-stream block projects attention and MLP together
         return attended
     for layer in layers:

@@ -80,8 +80,8 @@ def _of_list(latents: list[Any], patch_size: int, frame_patch_size: int) -> Toke
         raise ValueError("several pictures per sample (omni mode) are not supported by token reduction")
     if any(picture.shape != latents[0].shape for picture in latents):
         raise ValueError(
-            f"latents of {[tuple(picture.shape) for picture in latents]} in one batch; token reduction needs pictures of "
-            "one size"
+            f"latents of {[tuple(picture.shape) for picture in latents]} in one batch; token reduction needs pictures "
+            "of one size"
         )
     _, frames, height, width = latents[0].shape
     if frames != frame_patch_size:
