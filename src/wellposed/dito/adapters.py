@@ -33,11 +33,11 @@ from diffusers.models.transformers.transformer_qwenimage import (
     QwenImageTransformerBlock,
 )
 from diffusers.models.transformers.transformer_z_image import ZImageTransformerBlock, ZSingleStreamAttnProcessor
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from wellposed.dito.attention import AttentionInputs, joint_attention, parallel_attention
-from wellposed.dito.matching import TokenCorrespondence
+from wellposed.dito.matching import Reduction, TokenCorrespondence, flat_rows
 
 __all__ = ["BlockAdapter", "HostBlock", "Rows", "find_blocks", "supported_blocks"]
 
@@ -49,27 +49,66 @@ class Rows:
     """A correspondence of the image tokens, in a sequence that has other rows before or after them.
 
     Attributes:
+        image: the correspondence of the image tokens.
         tokens: the correspondence of the whole sequence; rows that are no image tokens are kept.
-        start: the first image row.
+        keep_rows: indices into the flattened batch, once and for all steps that use them: to put an index together at
+            every step costs as much as what it moves.
+        recover_rows: likewise, into the flattened batch of kept rows.
+        dropped_rows: likewise.
+        target_rows: likewise, the row that every dropped one follows.
     """
 
+    image: TokenCorrespondence
     tokens: TokenCorrespondence
-    start: int
+    keep_rows: Int[Tensor, "all_kept"]
+    recover_rows: Int[Tensor, "all"]
+    dropped_rows: Int[Tensor, "all_dropped"]
+    target_rows: Int[Tensor, "all_dropped"]
 
     @classmethod
     def around(cls, image: TokenCorrespondence, start: int, total: int) -> "Rows":
         """``image`` at rows start, start + 1, ... of a sequence of ``total``."""
-        end = start + image.num_tokens
-        if start == 0 and end == total:
-            return cls(image, 0)
-        rows = torch.arange(total, device=image.keep.device).expand(image.keep.shape[0], -1)
-        after = total - end
-        keep = torch.cat([rows[:, :start], image.keep + start, rows[:, end:]], 1)
-        kept_rows = rows[:, : keep.shape[1]]
-        recover_from = torch.cat(
-            [rows[:, :start], image.recover_from + start, kept_rows[:, keep.shape[1] - after :]], 1
+        tokens = _within(image, start, total)
+        return cls(
+            image=image,
+            tokens=tokens,
+            keep_rows=flat_rows(tokens.keep, total).int(),
+            recover_rows=flat_rows(tokens.recover_from, tokens.num_kept).int(),
+            dropped_rows=flat_rows(tokens.dropped, total).int(),
+            target_rows=flat_rows(tokens.target, total).int(),
         )
-        return cls(TokenCorrespondence(keep, recover_from, image.dropped + start), start)
+
+    def reduce(self, x: Float[Tensor, "batch rows channels"], how: Reduction) -> Float[Tensor, "batch kept channels"]:
+        """As :meth:`TokenCorrespondence.reduce`."""
+        if how != "prune":
+            return self.tokens.reduce(x, how=how)
+        return x.flatten(0, 1).index_select(0, self.keep_rows).unflatten(0, self.tokens.keep.shape)
+
+    def recover(self, y: Float[Tensor, "batch kept channels"]) -> Float[Tensor, "batch rows channels"]:
+        """As :meth:`TokenCorrespondence.recover`: a new tensor."""
+        return y.flatten(0, 1).index_select(0, self.recover_rows).unflatten(0, self.tokens.recover_from.shape)
+
+    def own_minus_target(self, x: Float[Tensor, "batch rows channels"]) -> Float[Tensor, "all_dropped channels"]:
+        """x_i - x_m(i) of every dropped row."""
+        flat = x.flatten(0, 1)
+        return flat.index_select(0, self.dropped_rows) - flat.index_select(0, self.target_rows)
+
+    def num_bytes(self) -> int:
+        """Memory of the indices."""
+        parts = {id(part): part for plan in (self.image, self.tokens) for part in vars(plan).values()}
+        parts |= {id(part): part for part in (self.keep_rows, self.recover_rows, self.dropped_rows, self.target_rows)}
+        return sum(part.numel() * part.element_size() for part in parts.values())
+
+
+def _within(image: TokenCorrespondence, start: int, total: int) -> TokenCorrespondence:
+    end = start + image.num_tokens
+    if start == 0 and end == total:
+        return image
+    rows = torch.arange(total, device=image.keep.device).expand(image.keep.shape[0], -1)
+    keep = torch.cat([rows[:, :start], image.keep + start, rows[:, end:]], 1)
+    after = rows[:, keep.shape[1] - (total - end) : keep.shape[1]]
+    recover_from = torch.cat([rows[:, :start], image.recover_from + start, after], 1)
+    return TokenCorrespondence(keep, recover_from, image.dropped + start)
 
 
 class BlockAdapter(ABC):
@@ -106,7 +145,7 @@ class BlockAdapter(ABC):
         if table is None:
             return None
         cos, sin = table
-        rows = Rows.around(image, len(cos) - image.num_tokens, len(cos)).tokens.keep
+        rows = _within(image, len(cos) - image.num_tokens, len(cos)).keep
         return _table_rows(cos, rows), _table_rows(sin, rows)
 
     def refuse(self, arguments: Arguments) -> None:
@@ -340,7 +379,7 @@ class ZImageBlock(BlockAdapter):
         """Of the sequence, image first."""
         if table is None:
             return None
-        rows = Rows.around(image, 0, table.shape[1]).tokens.keep
+        rows = _within(image, 0, table.shape[1]).keep
         return table.gather(1, rows.unsqueeze(2).expand(-1, -1, table.shape[2]))
 
     def attention_inputs(self, block: Any, arguments: Arguments) -> Sequence[Tensor]:

@@ -162,12 +162,7 @@ class TokenReduction:
 
     def plan_bytes(self) -> int:
         """Memory that pairs take at this moment."""
-        plans = [state.rows.tokens for state in self._root.site_states() if state.rows is not None]
-        return sum(
-            part.numel() * part.element_size()
-            for plan in plans
-            for part in (plan.keep, plan.recover_from, plan.dropped)
-        )
+        return sum(state.rows.num_bytes() for state in self._root.site_states() if state.rows is not None)
 
     def offset_bytes(self) -> int:
         """Memory that delta recovery takes at this moment."""

@@ -22,11 +22,9 @@ from wellposed.dito.config import TokenReductionConfig
 from wellposed.dito.matching import (
     TokenCorrespondence,
     TokenWindows,
-    flat_rows,
     num_reduced_tokens,
     pair_match_ratio,
     recovery_error,
-    take_rows,
 )
 from wellposed.dito.trajectory import Mode, SiteState, Trajectory
 
@@ -89,6 +87,7 @@ class Site(ModelHook):
         self.module = module
         self.observer = observer
         self.ratio = config.ratio_of(host.name)
+        self.reduction = config.reduction_of(host.name)
         self.parameters = [name for name in inspect.signature(type(module).forward).parameters if name != "self"]
         self.mode: Mode = "dense"
         self.state = SiteState()
@@ -147,19 +146,18 @@ class Site(ModelHook):
         entry = self.entry(arguments)
         state, config = self.state, self.config
         state.settle()
-        if state.image is not None and self._measures:
-            self.trajectory.unread.append((self._pmr(image), recovery_error(state.image, image)))
+        if state.rows is not None and self._measures:
+            self.trajectory.unread.append((self._pmr(state.rows.image, image), recovery_error(state.rows.image, image)))
         if config.rematch:
-            state.image = state.rows = None
+            state.rows = None
         else:
             features = entry if config.metric == "input" else image
             assert features is not None
             self._choose(features, x, start, arguments)
             if config.recovery == "delta" and state.rows is not None:
-                tokens = state.rows.tokens
-                state.offset = take_rows(copied, tokens.dropped) - take_rows(copied, tokens.target)
+                state.offset = state.rows.own_minus_target(copied)
         state.matching = self.trajectory.matchings
-        if self.observer is not None and state.image is not None:
+        if self.observer is not None and state.rows is not None:
             assert entry is not None
             self.observer(
                 MatchEvent(
@@ -169,7 +167,7 @@ class Site(ModelHook):
                     inputs=entry,
                     output=image,
                     windows=self.trajectory.windows,
-                    correspondence=state.image,
+                    correspondence=state.rows.image,
                 )
             )
 
@@ -196,32 +194,26 @@ class Site(ModelHook):
         ratio = self.ratio * trajectory.factor
         k = num_reduced_tokens(windows.num_tokens, windows.num_sources, num_text, ratio, config.round_to)
         if k == 0:
-            state.image = state.rows = None
+            state.rows = state.offset = None
             self._warn_of_nothing(ratio)
             return
         state.generator_state = trajectory.generator.get_state()
-        state.image = config.matcher(
-            features, windows, k, generator=trajectory.generator, penalty=self._penalty(windows.num_tokens)
-        )
-        state.rows = Rows.around(state.image, start, x.shape[1])
-        tokens = state.rows.tokens
-        state.dropped_rows = flat_rows(tokens.dropped, x.shape[1])
-        state.target_rows = flat_rows(tokens.target, x.shape[1])
+        image = config.matcher(features, windows, k, generator=trajectory.generator, penalty=self._penalty())
+        state.rows = Rows.around(image, start, x.shape[1])
 
-    def _penalty(self, num_tokens: int) -> Tensor | None:
+    def _penalty(self) -> Tensor | None:
         state = self.state
         if not self.config.frequency_penalty or state.counts is None or not state.reductions:
             return None
         return self.config.frequency_penalty * state.counts / state.reductions
 
-    def _pmr(self, image: Tensor) -> Tensor:
+    def _pmr(self, old: TokenCorrespondence, image: Tensor) -> Tensor:
         """Of the old pairs with new ones on the same destinations."""
-        state = self.state
-        assert state.image is not None and state.generator_state is not None
+        assert self.state.generator_state is not None
         again = torch.Generator()
-        again.set_state(state.generator_state)
-        probe = self.config.matcher(image, self.trajectory.windows, state.image.dropped.shape[1], generator=again)
-        return pair_match_ratio(state.image, probe)
+        again.set_state(self.state.generator_state)
+        probe = self.config.matcher(image, self.trajectory.windows, old.dropped.shape[1], generator=again)
+        return pair_match_ratio(old, probe)
 
     def _checked_num_tokens(self, x: Tensor, start: int) -> int:
         num_tokens = self.trajectory.windows.num_tokens
@@ -247,14 +239,12 @@ class Site(ModelHook):
 
     def _given(self, keys: Tensor | None, queries: Tensor, rotation: Any, mask: Any) -> AttentionInputs:
         """The attention's inputs on reduced rows; ``keys`` None for the same rows as the queries."""
-        state = self.state
-        assert state.rows is not None and state.image is not None
-        turned = self.host.adapter.rotation_rows(state.image, rotation)
-        bias = None
-        if self.config.proportional_attention:
-            bias = state.rows.tokens.sizes().to(queries.dtype).log()
+        rows = self.state.rows
+        assert rows is not None
+        turned = self.host.adapter.rotation_rows(rows.image, rotation)
+        bias = rows.tokens.sizes().to(queries.dtype).log() if self.config.proportional_attention else None
         if keys is None and mask is not None:
-            mask = mask.gather(1, state.rows.tokens.keep)
+            mask = mask.gather(1, rows.tokens.keep)
         return AttentionInputs(
             queries=queries,
             keys=queries if keys is None else keys,
@@ -306,38 +296,37 @@ class AttentionSite(Site):
 
     def reduced(self, forward: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         """Attention on fewer rows."""
-        state, config, adapter = self.state, self.config, self.host.adapter
-        assert state.rows is not None and state.image is not None
+        config, adapter, rows = self.config, self.host.adapter, self.state.rows
+        assert rows is not None
         x = arguments["hidden_states"]
-        queries = state.rows.tokens.reduce(x, how=config.reduction)
+        queries = rows.reduce(x, self.reduction)
         rotation = arguments.get(adapter.rotation) if adapter.rotation else None
         mask_name = adapter.key_masks[1] if adapter.key_masks else None
         mask = arguments.get(mask_name) if mask_name else None
         if self._needs_own_attention(x.shape[0]):
             adapter.check_processor(self.module)
-            output = adapter.attend(
-                self.module, arguments, self._given(x if config.keep_kv else None, queries, rotation, mask)
-            )
+            given = self._given(x if config.keep_kv else None, queries, rotation, mask)
+            output = adapter.attend(self.module, arguments, given)
         else:
             changed = {**arguments, "hidden_states": queries}
             if adapter.rotation:
-                changed[adapter.rotation] = adapter.rotation_rows(state.image, rotation)
+                changed[adapter.rotation] = adapter.rotation_rows(rows.image, rotation)
             if mask_name and mask is not None:
-                changed[mask_name] = mask.gather(1, state.rows.tokens.keep)
+                changed[mask_name] = mask.gather(1, rows.tokens.keep)
             output = forward(**changed)
         if not isinstance(output, tuple):
-            return self._recovered(output, state.offset)
+            return self._recovered(rows, output, self.state.offset)
         return tuple(
-            part if index not in adapter.image_outputs else self._recovered(part, None if index else state.offset)
+            part
+            if index not in adapter.image_outputs
+            else self._recovered(rows, part, None if index else self.state.offset)
             for index, part in enumerate(output)
         )
 
-    def _recovered(self, y: Tensor, offset: Tensor | None) -> Tensor:
-        state = self.state
-        assert state.rows is not None and state.dropped_rows is not None
-        z = state.rows.tokens.recover(y)
+    def _recovered(self, rows: Rows, y: Tensor, offset: Tensor | None) -> Tensor:
+        z = rows.recover(y)
         if offset is not None:
-            z.flatten(0, 1).index_add_(0, state.dropped_rows, offset.flatten(0, 1))
+            z.flatten(0, 1).index_add_(0, rows.dropped_rows, offset)
         return z
 
 
@@ -377,15 +366,14 @@ class BlockSite(Site):
 
     def reduced(self, forward: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         """The block on fewer rows."""
-        state, config, adapter = self.state, self.config, self.host.adapter
-        assert state.rows is not None and state.image is not None
-        tokens = state.rows.tokens
+        config, adapter, rows = self.config, self.host.adapter, self.state.rows
+        assert rows is not None
         x = arguments[self.image_argument]
-        x_reduced = tokens.reduce(x, how=config.reduction)
+        x_reduced = rows.reduce(x, self.reduction)
         changed = {**arguments, self.image_argument: x_reduced}
         for name in adapter.per_token:
             if arguments.get(name) is not None:
-                changed[name] = arguments[name].gather(1, tokens.keep)
+                changed[name] = arguments[name].gather(1, rows.tokens.keep)
         rotation = arguments.get(adapter.rotation) if adapter.rotation else None
         if self._needs_own_attention(x.shape[0]):
             keys = adapter.attention_inputs(self.module, arguments) if config.keep_kv else [None] * len(self.attentions)
@@ -393,43 +381,36 @@ class BlockSite(Site):
             for hook, states in zip(self.attentions, keys, strict=True):
                 hook.given = functools.partial(self._attention_given, states, rotation, mask)
         elif adapter.rotation:
-            changed[adapter.rotation] = adapter.rotation_rows(state.image, rotation)
+            changed[adapter.rotation] = adapter.rotation_rows(rows.image, rotation)
         try:
             output = forward(**changed)
         finally:
             for hook in self.attentions:
                 hook.given = None
-        z = self._recovered(x, x_reduced, self._image(output))
+        z = self._recovered(rows, x, x_reduced, self._image(output))
         if self.image_output is None:
             return z
         return tuple(z if index == self.image_output else part for index, part in enumerate(output))
 
     def _attention_given(self, keys: Tensor | None, rotation: Any, mask: Any, queries: Tensor) -> AttentionInputs:
         """The attention's rows are the block's, with the text before them in single-stream blocks."""
-        state = self.state
-        assert state.rows is not None
+        assert self.state.rows is not None
         given = self._given(keys, queries, rotation, mask)
-        missing = queries.shape[1] - state.rows.tokens.num_kept
-        if given.key_bias is not None and missing:
-            given = replace(given, key_bias=nn.functional.pad(given.key_bias, (missing, 0)))
+        num_text = queries.shape[1] - self.state.rows.tokens.num_kept
+        if given.key_bias is not None and num_text:
+            given = replace(given, key_bias=nn.functional.pad(given.key_bias, (num_text, 0)))
         return given
 
-    def _recovered(self, x: Tensor, x_reduced: Tensor, output: Tensor) -> Tensor:
-        state = self.state
-        assert state.rows is not None and state.dropped_rows is not None and state.target_rows is not None
-        tokens = state.rows.tokens
-        if self.config.reduction != "prune":  # a merged row is no row of x, so every row takes its own increment
-            z = x + tokens.recover(output - x_reduced)
-            if state.offset is not None:
-                z.flatten(0, 1).index_add_(0, state.dropped_rows, state.offset.flatten(0, 1))
-            return z
-        # Kept rows are the block's own, to the last bit; dropped ones are h_i + (out_m(i) - h_m(i)) + offset.
-        z = tokens.recover(output)
-        flat = x.flatten(0, 1)
-        own = flat.index_select(0, state.dropped_rows) - flat.index_select(0, state.target_rows)
-        if state.offset is not None:
-            own += state.offset.flatten(0, 1)
-        z.flatten(0, 1).index_add_(0, state.dropped_rows, own)
+    def _recovered(self, rows: Rows, x: Tensor, x_reduced: Tensor, output: Tensor) -> Tensor:
+        if self.reduction == "prune":
+            # Kept rows are the block's own, to the last bit; dropped ones are h_i + (out_m(i) - h_m(i)) + offset.
+            z, added = rows.recover(output), rows.own_minus_target(x)
+            if self.state.offset is not None:
+                added += self.state.offset
+        else:  # a merged row is no row of x, so every row takes its own increment
+            z, added = x + rows.recover(output - x_reduced), self.state.offset
+        if added is not None:
+            z.flatten(0, 1).index_add_(0, rows.dropped_rows, added)
         return z
 
 

@@ -10,7 +10,7 @@ from diffusers.hooks.hooks import BaseState
 from torch import Tensor
 
 from wellposed.dito.adapters import Rows
-from wellposed.dito.matching import TokenCorrespondence, TokenWindows
+from wellposed.dito.matching import TokenWindows
 from wellposed.dito.schedule import Measurement
 
 __all__ = ["CallKey", "ContextState", "Mode", "SiteState", "StepRecord", "Summary", "Trajectory", "progress_of"]
@@ -41,10 +41,7 @@ class StepRecord:
 class SiteState:
     """What one site keeps between the steps of one trajectory."""
 
-    image: TokenCorrespondence | None = None  # the pairs among image tokens
-    rows: Rows | None = None  # the same in the site's sequence
-    dropped_rows: Tensor | None = None  # of the flattened batch
-    target_rows: Tensor | None = None
+    rows: Rows | None = None  # the pairs, in the site's sequence
     offset: Tensor | None = None  # o_i - o_m(i) of the Matching step, for delta recovery
     matching: int = -1  # which Matching step the pairs are of
     generator_state: Tensor | None = None  # before the destinations were drawn
@@ -54,11 +51,11 @@ class SiteState:
 
     def settle(self) -> None:
         """Count the Reduction steps since the pairs were chosen, before other pairs take their place."""
-        if self.uncounted and self.image is not None:
+        if self.uncounted and self.rows is not None:
+            image = self.rows.image
             if self.counts is None:
-                self.counts = torch.zeros_like(self.image.recover_from)
-            steps = torch.full_like(self.image.dropped, self.uncounted)
-            self.counts.scatter_add_(1, self.image.dropped, steps)
+                self.counts = torch.zeros_like(image.recover_from)
+            self.counts.scatter_add_(1, image.dropped, torch.full_like(image.dropped, self.uncounted))
         self.reductions += self.uncounted
         self.uncounted = 0
 
