@@ -20,6 +20,7 @@ from wellposed.dito.adapters import HostBlock, Rows
 from wellposed.dito.attention import AttentionInputs
 from wellposed.dito.config import TokenReductionConfig
 from wellposed.dito.matching import (
+    Reduction,
     TokenCorrespondence,
     TokenWindows,
     num_reduced_tokens,
@@ -87,7 +88,7 @@ class Site(ModelHook):
         self.module = module
         self.observer = observer
         self.ratio = config.ratio_of(host.name)
-        self.reduction = config.reduction_of(host.name)
+        self.reduction: Reduction = config.reduction_of(host.name)
         self.parameters = [name for name in inspect.signature(type(module).forward).parameters if name != "self"]
         self.mode: Mode = "dense"
         self.state = SiteState()
