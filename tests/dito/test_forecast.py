@@ -270,7 +270,8 @@ def test_flux_at_full_size_without_weights():
     assert found.dense_flops == pytest.approx(57 * 1.305e12, rel=1e-3)
     assert found.outside_share < 1e-3
     assert found.step_speed_up == pytest.approx(1.63, abs=0.005)
-    assert found.plan_bytes == 57 * 2 * 4096 * 8
+    # int64: keep and drop, recover from; int32: the same as rows of the flattened batch, and what is followed.
+    assert found.plan_bytes == 57 * (8 * 2 * 4096 + 4 * (2 * 4096 + 2048))
     assert found.offset_bytes == 57 * 2048 * 3072 * 2
     # Its single-stream blocks project attention and MLP out together, outside of the attention module.
     attention = forecast(transformer, TokenReductionConfig.paper(ratio=0.5), height=1024, width=1024)

@@ -48,8 +48,6 @@ __all__ = [
     "recommend",
 ]
 
-INDEX_BYTES = 8  # correspondences are int64
-
 
 @dataclass(frozen=True, kw_only=True)
 class Flops:
@@ -211,7 +209,7 @@ class SiteForecast:
         dense_flops: of a dense call.
         reduced_flops: of a call in a Reduction step.
         matching_flops: of the similarities of one match.
-        plan_bytes: the correspondence: which rows to keep, which to drop, and where every row is recovered from.
+        plan_bytes: of the indices: which rows to keep, which to drop, and where every row is recovered from.
         offset_bytes: what delta recovery keeps: one row of the output for each dropped token.
     """
 
@@ -412,7 +410,7 @@ def forecast(
                     reduced_flops=batch_size * flops.total(kept, num_tokens if config.keep_kv else kept, others),
                     # Of every source with every destination, and with their mean.
                     matching_flops=batch_size * 2 * windows.num_sources * (windows.num_windows + 1) * channels,
-                    plan_bytes=batch_size * INDEX_BYTES * 2 * length,
+                    plan_bytes=batch_size * _plan_bytes(num_tokens, num_reduced, length),
                     offset_bytes=batch_size * element_bytes * channels * num_reduced * (config.recovery == "delta"),
                 )
             )
@@ -636,6 +634,12 @@ def _usual_text_tokens(host: HostBlock) -> int:
 def _has_text_inside(adapter: BlockAdapter, scope: Scope) -> bool:
     """Whether the rows that a site reduces have text among them, which is kept."""
     return isinstance(adapter, _SINGLE_STREAM) and not (scope == "block" and isinstance(adapter, FluxSingle))
+
+
+def _plan_bytes(num_tokens: int, num_reduced: int, length: int) -> int:
+    """Of one sample: int64 of the image, and of the sequence where it is longer; int32 rows of the flattened batch."""
+    keep_drop_recover = 2 * num_tokens + (2 * length if length > num_tokens else 0)
+    return 8 * keep_drop_recover + 4 * (2 * length + num_reduced)
 
 
 def _dtype(transformer: nn.Module) -> torch.dtype:
