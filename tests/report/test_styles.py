@@ -4,9 +4,16 @@ import numpy as np
 import pytest
 from matplotlib.lines import Line2D
 
-from wellposed.report.styles import COVARIANCE_STYLES, METHOD_STYLES, TOKEN_STYLES, method_style
+from wellposed.report.styles import (
+    COVARIANCE_STYLES,
+    METHOD_STYLES,
+    TOKEN_REDUCTION_STYLES,
+    TOKEN_STYLES,
+    method_style,
+)
 
-TABLES = [COVARIANCE_STYLES, TOKEN_STYLES]
+TABLES = [COVARIANCE_STYLES, TOKEN_STYLES, TOKEN_REDUCTION_STYLES]
+NAMES = ["covariances", "tokens", "token reduction"]
 
 # Linear RGB as it looks without one kind of cone, at full severity: Machado, Oliveira and Fernandes 2009.
 VISIONS = {
@@ -31,7 +38,7 @@ def lab(linear):
     return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
 
 
-@pytest.mark.parametrize("table", TABLES, ids=["covariances", "tokens"])
+@pytest.mark.parametrize("table", TABLES, ids=NAMES)
 @pytest.mark.parametrize("vision", VISIONS)
 def test_colors_can_be_told_apart_with_every_colour_vision(vision, table):
     seen = {name: lab(np.array(VISIONS[vision]) @ linear_rgb(style.color)) for name, style in table.items()}
@@ -45,10 +52,14 @@ def test_colors_stand_out_from_white():
         assert 1.05 / (luminance + 0.05) > 1.75, name
 
 
-@pytest.mark.parametrize("table", TABLES, ids=["covariances", "tokens"])
+@pytest.mark.parametrize("table", TABLES, ids=NAMES)
 def test_no_two_methods_look_alike_without_colour(table):
     looks = [(style.marker, style.dash, style.hollow, style.width) for style in table.values()]
     assert len(set(looks)) == len(looks)
+
+
+def test_a_name_has_one_style():
+    assert len(METHOD_STYLES) == sum(map(len, TABLES))
 
 
 def test_markers_are_known_to_matplotlib():

@@ -11,6 +11,9 @@ Hue says the family, so that a reader who knows one figure can read the next:
 For tokens: blue is uniform diffusion with its leave-one-out posterior, orange the same with a denoiser, green the
 absorbing reformulation, black and grey masked diffusion, purple what tempers or plugs in the denoiser.
 
+For token reduction: blue chooses pairs by output, orange and purple by input, grey at random; green skips steps or
+blocks instead of tokens, or as well.
+
 The hues of Okabe and Ito's palette, told apart by readers with any of the common colour vision deficiencies; within a
 family lightness, marker and dash differ, so that figures survive a grey printer.
 """
@@ -20,7 +23,15 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
-__all__ = ["COVARIANCE_STYLES", "METHOD_STYLES", "TOKEN_STYLES", "Dash", "MethodStyle", "method_style"]
+__all__ = [
+    "COVARIANCE_STYLES",
+    "METHOD_STYLES",
+    "TOKEN_REDUCTION_STYLES",
+    "TOKEN_STYLES",
+    "Dash",
+    "MethodStyle",
+    "method_style",
+]
 
 Dash = Literal["solid", "dashed", "dotted", "dashdot"]
 
@@ -93,7 +104,28 @@ TOKEN_STYLES: Mapping[str, MethodStyle] = MappingProxyType(
     }
 )
 
-METHOD_STYLES: Mapping[str, MethodStyle] = MappingProxyType({**COVARIANCE_STYLES, **TOKEN_STYLES})
+TOKEN_REDUCTION_STYLES: Mapping[str, MethodStyle] = MappingProxyType(
+    {
+        "dito": MethodStyle(label="ours: dense K/V, delta", color="#0072b2", marker="o", width=2.2),
+        "dito_dense_kv": MethodStyle(label="ours: dense K/V, copies", color="#5a9cf0", marker="^"),
+        "dito_paper": MethodStyle(label="our reading of the paper", color="#132d7d", marker="D", dash="dashed"),
+        "dito_paper_bias": MethodStyle(
+            label="the same, log-size bias", color="#9cc4f8", marker="v", dash="dashdot", hollow=True
+        ),
+        "tomesd": MethodStyle(label="ToMeSD", color="#d55e00", marker="s"),
+        "tofu": MethodStyle(label="ToFu", color="#f0b000", marker="X", dash="dotted"),
+        "sito": MethodStyle(label="SiTo", color="#b56a9c", marker="<", dash="dashed"),
+        "toma": MethodStyle(label="ToMA", color="#6c2f67", marker="p", dash="dashdot"),
+        "random_pairs": MethodStyle(label="random pairs", color="#a8a8a8", marker="P", dash="dotted"),
+        "fewer_steps": MethodStyle(label="fewer steps", color="#009e73", marker="*", dash="dashed"),
+        "first_block_cache": MethodStyle(label="FirstBlockCache", color="#406635", marker="h", dash="dashdot"),
+        "cached_dito": MethodStyle(label="FirstBlockCache + ours", color="#48d682", marker="h", hollow=True),
+    }
+)
+
+METHOD_STYLES: Mapping[str, MethodStyle] = MappingProxyType(
+    {**COVARIANCE_STYLES, **TOKEN_STYLES, **TOKEN_REDUCTION_STYLES}
+)
 """All of them. A figure shows methods of one table; within it they can be told apart."""
 
 _OTHERS = (
