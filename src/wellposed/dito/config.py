@@ -11,7 +11,7 @@ __all__ = ["Metric", "Recovery", "Scope", "TokenReductionConfig"]
 
 Scope = Literal["attn", "block"]
 Metric = Literal["output", "input"]
-Recovery = Literal["copy", "delta"]
+Recovery = Literal["copy", "delta", "linear"]
 
 MAX_RATIO = 0.75
 
@@ -28,8 +28,10 @@ class TokenReductionConfig:
         scope: "attn" reduces the self-attention modules, "block" whole transformer blocks, MLP included.
         keep_kv: keys and values of all tokens are computed and only queries (and MLP rows) are reduced, so that no
             kept token sees another context than in a dense step.
-        recovery: a dropped token is given the output of the one it follows ("copy"), or its own output of the Matching
-            step plus the change of the one it follows ("delta", which keeps one row for each dropped token).
+        recovery: a dropped token is given the output of the one it follows ("copy"); or its own output of the Matching
+            step plus the change of the one it follows ("delta", which keeps one row for each dropped token); or that
+            with the difference between the two continued along the line through the last two Matching steps ("linear",
+            which keeps two rows for each dropped token and one for each token).
         reduction: kept tokens go in as they are ("prune"), as the mean of those they stand for ("merge"), or as that
             mean with the largest of their norms ("mlerp").
         proportional_attention: adds log(size) to the scores of reduced keys, so that a key weighs as many as it
@@ -37,8 +39,9 @@ class TokenReductionConfig:
         schedule: which steps are Matching steps: dense, and followed by Reduction steps that reuse their pairs. None
             for no Matching step after the first ones (``rematch`` then matches at every step).
         warmup_steps: dense steps at the start of every generation; the last of them is a Matching step.
-        end_dense_steps: dense steps at the end. The number of steps is then read from the pipeline's cache context, or
-            from ``num_inference_steps`` where the pipeline says none.
+        end_dense_steps: dense steps at the end, whose errors no later step can mend. The number of steps is read from
+            the pipeline's cache context or from ``num_inference_steps``; where neither says it, a single last step is
+            told by the time that is left, and may be missed in schedules of very few or very uneven steps.
         num_inference_steps: see ``end_dense_steps``.
         metric: pairs are chosen by the module's output, or by its input as in earlier methods.
         rematch: with ``metric="input"``, choose new pairs from the input of every Reduction step.
@@ -63,7 +66,7 @@ class TokenReductionConfig:
     proportional_attention: bool = False
     schedule: MatchingSchedule | None = field(default_factory=FixedInterval)
     warmup_steps: int = 1
-    end_dense_steps: int = 0
+    end_dense_steps: int = 1
     num_inference_steps: int | None = None
     metric: Metric = "output"
     rematch: bool = False
@@ -93,8 +96,10 @@ class TokenReductionConfig:
             raise ValueError("proportional_attention corrects reduced keys, and keep_kv reduces none; choose one")
         if self.rematch and self.metric != "input":
             raise ValueError('rematch=True matches before the module runs, which takes metric="input"')
-        if self.rematch and self.recovery == "delta":
-            raise ValueError('recovery="delta" needs the pairs of a Matching step; with rematch=True use "copy"')
+        if self.rematch and self.recovery != "copy":
+            raise ValueError(
+                f'recovery="{self.recovery}" needs the pairs of a Matching step; with rematch=True use "copy"'
+            )
         if self.schedule is None and not self.rematch:
             raise ValueError("schedule=None reuses the first pairs for ever; give a schedule, or rematch=True")
         if self.warmup_steps < (0 if self.rematch else 1) or self.end_dense_steps < 0:
@@ -119,6 +124,7 @@ class TokenReductionConfig:
             "recovery": "copy",
             "frequency_penalty": 0.05,
             "schedule": FixedInterval(interval=4),
+            "end_dense_steps": 0,
         }
         return cls(ratio=ratio, **{**published, **changes})
 

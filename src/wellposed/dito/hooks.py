@@ -39,7 +39,7 @@ from wellposed.dito.trajectory import (
     StepRecord,
     Summary,
     Trajectory,
-    progress_of,
+    time_to_data,
 )
 
 __all__ = [
@@ -55,6 +55,9 @@ ROOT_HOOK = "token_reduction"
 SITE_HOOK = "token_reduction_site"
 ATTENTION_HOOK = "token_reduction_attention"
 ENTRY_HOOK = "token_reduction_entry"
+
+# Shifted schedules lengthen their last steps, by less than a half at ten steps or more.
+_LAST_STEP = 1.5
 
 
 def apply_token_reduction(
@@ -165,9 +168,10 @@ class TokenReduction:
         return sum(state.rows.num_bytes() for state in self._root.site_states() if state.rows is not None)
 
     def offset_bytes(self) -> int:
-        """Memory that delta recovery takes at this moment."""
-        offsets = [state.offset for state in self._root.site_states() if state.offset is not None]
-        return sum(offset.numel() * offset.element_size() for offset in offsets)
+        """Memory that delta or linear recovery takes at this moment."""
+        states = list(self._root.site_states())
+        kept = [part for state in states for part in (state.offset, state.slope, state.previous) if part is not None]
+        return sum(part.numel() * part.element_size() for part in kept)
 
     def remove(self) -> None:
         """Take it off the model; twice does nothing."""
@@ -303,7 +307,7 @@ class _RootHook(ModelHook):
             summary = self.summaries[name, key, number] = Summary()
             return self._start(name, arguments, summary)
 
-        return state.trajectory(key, progress_of(arguments), start)
+        return state.trajectory(key, time_to_data(arguments), start)
 
     def _start(self, name: str, arguments: dict[str, Any], summary: Summary) -> Trajectory:
         _refuse_covariance(self.transformer)
@@ -325,7 +329,7 @@ class _RootHook(ModelHook):
 
     def _decide(self, trajectory: Trajectory) -> Mode:
         config, step = self.config, trajectory.step
-        if step < config.warmup_steps - 1 or step >= self._first_end_dense():
+        if step < config.warmup_steps - 1 or (step >= config.warmup_steps and self._is_at_the_end(trajectory)):
             return "dense"
         schedule, measured = config.schedule, trajectory.summary.measured
         if step == config.warmup_steps - 1 or (
@@ -339,17 +343,20 @@ class _RootHook(ModelHook):
             return "match"
         return "reduce" if trajectory.factor > 0 else "dense"
 
-    def _first_end_dense(self) -> float:
-        if not self.config.end_dense_steps:
-            return float("inf")
-        context = self.state_manager._context
-        total = getattr(context, "num_inference_steps", None) or self.config.num_inference_steps
-        if total is None:
+    def _is_at_the_end(self, trajectory: Trajectory) -> bool:
+        dense = self.config.end_dense_steps
+        total = getattr(self.state_manager._context, "num_inference_steps", None) or self.config.num_inference_steps
+        if dense == 0:
+            return False
+        if total is not None:
+            return trajectory.step >= total - dense
+        if dense > 1:
             raise ValueError(
-                "end_dense_steps needs the number of steps, which this pipeline does not say; give "
+                f"{dense} dense steps at the end need the number of steps, which this pipeline does not say; give "
                 "TokenReductionConfig(num_inference_steps=...)"
             )
-        return total - self.config.end_dense_steps
+        # The last step, if another one of this length, or half as long again, would go past the data.
+        return trajectory.remaining <= _LAST_STEP * trajectory.length
 
     def check_hosts(self) -> None:
         """Raise where the settings need an attention that the sites do not have."""

@@ -102,6 +102,8 @@ class Site(ModelHook):
         stale = self.state.matching != trajectory.matchings and not self.config.rematch
         # A cache may have skipped this site at the Matching step: its pairs are then of an older one.
         self.mode = "match" if mode == "reduce" and stale else mode
+        if self.state.slope is not None:
+            self.elapsed = trajectory.elapsed_since(self.state.matched_at, self.state.slope)
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Dense, dense and matched, or reduced."""
@@ -155,8 +157,7 @@ class Site(ModelHook):
             features = entry if config.metric == "input" else image
             assert features is not None
             self._choose(features, x, start, arguments)
-            if config.recovery == "delta" and state.rows is not None:
-                state.offset = state.rows.own_minus_target(copied)
+            self._remember(copied)
         state.matching = self.trajectory.matchings
         if self.observer is not None and state.rows is not None:
             assert entry is not None
@@ -171,6 +172,25 @@ class Site(ModelHook):
                     correspondence=state.rows.image,
                 )
             )
+
+    def _remember(self, copied: Tensor) -> None:
+        """What recovery needs of the dropped tokens' own outputs."""
+        state, step = self.state, self.trajectory.step
+        if self.config.recovery == "copy" or state.rows is None:
+            return
+        state.offset = state.rows.own_minus_target(copied)
+        if self.config.recovery == "linear":
+            if state.previous is not None:
+                change = state.offset - state.rows.own_minus_target(state.previous)
+                state.slope = change / (step - state.matched_at)
+            state.previous, state.matched_at = copied, step
+
+    def _offset(self) -> Tensor | None:
+        """o_i - o_m(i), as it was or as it should be by now."""
+        state = self.state
+        if state.offset is None or state.slope is None:
+            return state.offset
+        return torch.addcmul(state.offset, state.slope, self.elapsed)
 
     @outside_graph
     def match_input(self, arguments: dict[str, Any]) -> None:
@@ -195,7 +215,7 @@ class Site(ModelHook):
         ratio = self.ratio * trajectory.factor
         k = num_reduced_tokens(windows.num_tokens, windows.num_sources, num_text, ratio, config.round_to)
         if k == 0:
-            state.rows = state.offset = None
+            state.rows = state.offset = state.slope = None
             self._warn_of_nothing(ratio)
             return
         state.generator_state = trajectory.generator.get_state()
@@ -316,7 +336,7 @@ class AttentionSite(Site):
                 changed[mask_name] = mask.gather(1, rows.tokens.keep)
             output = forward(**changed)
         if not isinstance(output, tuple):
-            return self._recovered(rows, output, self.state.offset)
+            return self._recovered(rows, output, self._offset())
         return tuple(
             part
             if index not in adapter.image_outputs
@@ -405,11 +425,11 @@ class BlockSite(Site):
     def _recovered(self, rows: Rows, x: Tensor, x_reduced: Tensor, output: Tensor) -> Tensor:
         if self.reduction == "prune":
             # Kept rows are the block's own, to the last bit; dropped ones are h_i + (out_m(i) - h_m(i)) + offset.
-            z, added = rows.recover(output), rows.own_minus_target(x)
-            if self.state.offset is not None:
-                added += self.state.offset
+            z, added, offset = rows.recover(output), rows.own_minus_target(x), self._offset()
+            if offset is not None:
+                added += offset
         else:  # a merged row is no row of x, so every row takes its own increment
-            z, added = x + rows.recover(output - x_reduced), self.state.offset
+            z, added = x + rows.recover(output - x_reduced), self._offset()
         if added is not None:
             z.flatten(0, 1).index_add_(0, rows.dropped_rows, added)
         return z

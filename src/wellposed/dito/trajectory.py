@@ -13,7 +13,7 @@ from wellposed.dito.adapters import Rows
 from wellposed.dito.matching import TokenWindows
 from wellposed.dito.schedule import Measurement
 
-__all__ = ["CallKey", "ContextState", "Mode", "SiteState", "StepRecord", "Summary", "Trajectory", "progress_of"]
+__all__ = ["CallKey", "ContextState", "Mode", "SiteState", "StepRecord", "Summary", "Trajectory", "time_to_data"]
 
 Mode = Literal["dense", "match", "reduce"]
 
@@ -43,6 +43,9 @@ class SiteState:
 
     rows: Rows | None = None  # the pairs, in the site's sequence
     offset: Tensor | None = None  # o_i - o_m(i) of the Matching step, for delta recovery
+    slope: Tensor | None = None  # its change in a step, for linear recovery
+    previous: Tensor | None = None  # what the last Matching step would have copied, for the next slope
+    matched_at: int = -1  # that step
     matching: int = -1  # which Matching step the pairs are of
     generator_state: Tensor | None = None  # before the destinations were drawn
     counts: Tensor | None = None
@@ -78,12 +81,21 @@ class Trajectory:
     generator: torch.Generator
     summary: Summary
     sites: dict[str, SiteState]
-    progress: float = float("-inf")
+    remaining: float = float("inf")  # of the time from noise to data
+    length: float = 0.0  # of the last step in that time
     step: int = -1
     last_matching: int = -1
     matchings: int = 0
     factor: float = 1.0  # of the ratio, until the next Matching step
+    elapsed: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
     unread: list[tuple[Tensor, Tensor]] = field(default_factory=list[tuple[Tensor, Tensor]])
+
+    def elapsed_since(self, step: int, like: Tensor) -> Tensor:
+        """Steps since then, as a tensor: a compiled block must not be compiled anew for each number."""
+        elapsed = self.step - step
+        if elapsed not in self.elapsed:
+            self.elapsed[elapsed] = torch.full((), elapsed, dtype=like.dtype, device=like.device)
+        return self.elapsed[elapsed]
 
     def read_measurements(self) -> None:
         """Average over sites what the last Matching step has left there: one wait for the device."""
@@ -105,40 +117,47 @@ class ContextState(BaseState):
     def __init__(self, settle: Callable[[], None]) -> None:
         self.settle = settle
         self.trajectories: dict[CallKey, list[Trajectory]] = {}
-        self.last: dict[CallKey, tuple[float, int]] = {}
+        self.calls: dict[CallKey, int] = {}  # at the last timestep
+        self.remaining = float("inf")
 
     def reset(self, *args: Any, **kwargs: Any) -> None:
         """Forget pairs and outputs; the record of what happened stays with the root."""
         self.settle()
         self.trajectories.clear()
-        self.last.clear()
+        self.calls.clear()
+        self.remaining = float("inf")
 
-    def trajectory(self, key: CallKey, progress: float, start: Callable[[int], Trajectory]) -> Trajectory:
-        """The one that a call belongs to, a new one if time went back."""
-        before, number = self.last.get(key, (float("-inf"), -1))
-        number = number + 1 if progress == before else 0
-        number %= _CALLS_PER_TIMESTEP
-        found = self.trajectories.get(key, [])
-        if number < len(found) and found[number].progress < progress:
-            current = found[number]
-        else:
-            if number == 0:  # a new generation: whatever is left of earlier ones goes, other shapes included
-                self.reset()
-                found = []
-            current = start(number)
-            self.trajectories[key] = [*found[:number], current]
-        self.last[key] = (progress, number)
-        current.progress = progress
+    def trajectory(self, key: CallKey, remaining: float, start: Callable[[int], Trajectory]) -> Trajectory:
+        """The one that a call belongs to.
+
+        Time that went back begins a new generation, and so do more calls at one timestep than there can be in one. What
+        is left of earlier generations then goes, other shapes included.
+        """
+        number = self.calls.get(key, -1) + 1 if remaining == self.remaining else 0
+        if remaining > self.remaining or number == _CALLS_PER_TIMESTEP:
+            self.reset()
+            number = 0
+        if remaining != self.remaining:
+            self.calls.clear()
+        self.remaining, self.calls[key] = remaining, number
+        found = self.trajectories.setdefault(key, [])
+        if number == len(found):
+            found.append(start(number))
+        current = found[number]
+        if current.remaining < float("inf"):
+            current.length = current.remaining - remaining
+        current.remaining = remaining
         return current
 
 
-def progress_of(arguments: dict[str, Any]) -> float:
-    """Where the call stands in its generation: grows from noise to data.
+def time_to_data(arguments: dict[str, Any]) -> float:
+    """How much of a generation is left at this call, in the model's own unit; 0 is data.
 
     Reading it waits for the device once a step; Z-Image's time runs the other way.
     """
-    for name, sign in (("timestep", -1.0), ("t", 1.0)):
+    for name in ("timestep", "t"):
         time = arguments.get(name)
         if time is not None:
-            return sign * float(time.flatten()[0] if isinstance(time, Tensor) else time)
+            value = float(time.flatten()[0] if isinstance(time, Tensor) else time)
+            return value if name == "timestep" else 1 - value
     raise ValueError("the call has neither timestep nor t, so that steps of a generation cannot be told apart")
