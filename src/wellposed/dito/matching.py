@@ -97,13 +97,12 @@ class TokenCorrespondence:
         if how == "prune":
             return kept
         precise = _at_least_float32(x.dtype)
-        merged = kept.to(precise)
-        followed = flat_rows(self.recover_from.gather(1, self.dropped), self.num_kept)
-        merged.flatten(0, 1).index_add_(0, followed, take_rows(x, self.dropped).flatten(0, 1).to(precise))
+        merged, followers = kept.to(precise), take_rows(x, self.dropped).to(precise)
+        row = self.recover_from.gather(1, self.dropped)
+        largest = merged.norm(dim=2).scatter_reduce_(1, row, followers.norm(dim=2), "amax") if how == "mlerp" else None
+        merged.flatten(0, 1).index_add_(0, flat_rows(row, self.num_kept), followers.flatten(0, 1))
         merged /= self.sizes().unsqueeze(2)
-        if how == "mlerp":
-            norms = torch.linalg.vector_norm(x, dim=2, dtype=precise)
-            largest = norms.new_zeros(self.keep.shape).scatter_reduce_(1, self.recover_from, norms, "amax")
+        if largest is not None:
             merged *= (largest / merged.norm(dim=2).clamp_min(_TINY)).unsqueeze(2)
         return merged.to(x.dtype)
 
