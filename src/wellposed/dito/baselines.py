@@ -52,6 +52,7 @@ def tomesd(
     scope: Scope = "attn",
     criterion: Metric = "input",
     dense_steps: MatchingSchedule | None = None,
+    end_dense_steps: int = 0,
 ) -> TokenReductionConfig:
     """Token Merging for Stable Diffusion (arXiv 2303.17604): bipartite matching, mean, copy.
 
@@ -61,11 +62,12 @@ def tomesd(
         criterion: what is compared: "input", the hidden states at the block's entry, as published; or "output", the
             module's output at the last dense step, whose pairs are then reused.
         dense_steps: steps after the first, which is then dense too, that are dense; None for no dense step at all.
+        end_dense_steps: see :class:`TokenReductionConfig`; 0 as published.
 
     Raises:
         ValueError: ``criterion="output"`` without dense steps, which alone show an output; a ratio out of range.
     """
-    return _published(ratio, scope, criterion, dense_steps, reduction="merge")
+    return _published(ratio, scope, criterion, dense_steps, end_dense_steps, reduction="merge")
 
 
 def tofu(
@@ -74,6 +76,7 @@ def tofu(
     scope: Scope = "attn",
     criterion: Metric = "input",
     dense_steps: MatchingSchedule | None = None,
+    end_dense_steps: int = 0,
     pruned_blocks: Collection[str] = (),
 ) -> TokenReductionConfig:
     """Token Fusion (arXiv 2312.01026): ToMeSD's pairs, and in each block either no merge or one that keeps the norm.
@@ -88,10 +91,11 @@ def tofu(
         scope: see :func:`tomesd`.
         criterion: see :func:`tomesd`.
         dense_steps: see :func:`tomesd`.
+        end_dense_steps: see :func:`tomesd`.
         pruned_blocks: names of the blocks that prune; all others merge.
     """
     prune = dict.fromkeys(pruned_blocks, "prune")
-    return _published(ratio, scope, criterion, dense_steps, reduction="mlerp", block_reductions=prune)
+    return _published(ratio, scope, criterion, dense_steps, end_dense_steps, reduction="mlerp", block_reductions=prune)
 
 
 def sito(
@@ -100,9 +104,10 @@ def sito(
     scope: Scope = "attn",
     criterion: Metric = "input",
     dense_steps: MatchingSchedule | None = None,
+    end_dense_steps: int = 0,
 ) -> TokenReductionConfig:
     """SiTo (AAAI 2025): see :class:`SiToMatcher`; arguments as of :func:`tomesd`."""
-    return _published(ratio, scope, criterion, dense_steps, matcher=SiToMatcher())
+    return _published(ratio, scope, criterion, dense_steps, end_dense_steps, matcher=SiToMatcher())
 
 
 def toma(
@@ -111,6 +116,7 @@ def toma(
     scope: Scope = "attn",
     criterion: Metric = "input",
     dense_steps: MatchingSchedule | None = None,
+    end_dense_steps: int = 0,
 ) -> TokenReductionConfig:
     """ToMA (arXiv 2509.10918): see :class:`ToMAMatcher`; arguments as of :func:`tomesd`.
 
@@ -118,18 +124,29 @@ def toma(
     whole single-stream blocks. Here every block has pairs of its own; the rest is set by ``block_ratios``,
     ``dense_steps`` and ``scope``.
     """
-    return _published(ratio, scope, criterion, dense_steps, matcher=ToMAMatcher(), reduction="merge", window=(4, 4))
+    return _published(
+        ratio, scope, criterion, dense_steps, end_dense_steps, matcher=ToMAMatcher(), reduction="merge", window=(4, 4)
+    )
 
 
 def random_pairs(
-    ratio: float = 0.5, *, scope: Scope = "attn", dense_steps: MatchingSchedule | None = None
+    ratio: float = 0.5,
+    *,
+    scope: Scope = "attn",
+    dense_steps: MatchingSchedule | None = None,
+    end_dense_steps: int = 0,
 ) -> TokenReductionConfig:
     """What neighbourhood alone achieves: random tokens follow a random one of their 2x2 window, anew in every step."""
-    return _published(ratio, scope, "input", dense_steps, matcher=RandomMatcher())
+    return _published(ratio, scope, "input", dense_steps, end_dense_steps, matcher=RandomMatcher())
 
 
 def _published(
-    ratio: float, scope: Scope, criterion: Metric, dense_steps: MatchingSchedule | None, **fields: Any
+    ratio: float,
+    scope: Scope,
+    criterion: Metric,
+    dense_steps: MatchingSchedule | None,
+    end_dense_steps: int,
+    **fields: Any,
 ) -> TokenReductionConfig:
     if criterion == "output" and dense_steps is None:
         raise ValueError(
@@ -145,6 +162,7 @@ def _published(
         rematch=criterion == "input",
         schedule=dense_steps,
         warmup_steps=0 if dense_steps is None else 1,
+        end_dense_steps=end_dense_steps,
         frequency_penalty=0.0,
         round_to=1,
         **fields,
