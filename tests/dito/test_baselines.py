@@ -173,6 +173,7 @@ def test_tomesd_as_published_has_no_dense_step_and_no_memory() -> None:
         rematch=True,
         schedule=None,
         warmup_steps=0,
+        end_dense_steps=0,
         frequency_penalty=0.0,
         round_to=1,
     )
