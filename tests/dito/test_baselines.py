@@ -193,6 +193,7 @@ def test_dense_steps_and_criterion_change_nothing_else(name: str) -> None:
     assert control == replace(published, schedule=dense_steps, warmup_steps=1)
     swapped = method(0.25, criterion="output", dense_steps=dense_steps)
     assert swapped == replace(control, metric="output", rematch=False)
+    assert method(0.25, end_dense_steps=2) == replace(published, end_dense_steps=2)
     assert method(0.25, scope="block") == replace(published, scope="block")
     assert method(0.3).ratio == 0.3
 
@@ -207,9 +208,10 @@ def test_every_method_matches_as_its_source_does() -> None:
     assert (sito().matcher, sito().reduction, sito().window) == (SiToMatcher(noise=0.1), "prune", (2, 2))
     assert (toma().matcher, toma().reduction, toma().window) == (ToMAMatcher(), "merge", (4, 4))
     assert (tofu().matcher, tofu().reduction, tofu().window) == (BipartiteMatcher(), "mlerp", (2, 2))
-    control = random_pairs(0.25, dense_steps=MatchingSteps(steps=(3,)))
+    control = random_pairs(0.25, dense_steps=MatchingSteps(steps=(3,)), end_dense_steps=2)
     assert (control.matcher, control.reduction, control.rematch) == (RandomMatcher(), "prune", True)
-    assert control.schedule == MatchingSteps(steps=(3,)) and control.warmup_steps == 1
+    assert control.schedule == MatchingSteps(steps=(3,))
+    assert (control.warmup_steps, control.end_dense_steps) == (1, 2)
 
 
 def test_tofu_prunes_in_the_blocks_named() -> None:

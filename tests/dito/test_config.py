@@ -84,7 +84,8 @@ def test_the_papers_reading() -> None:
     assert paper.ratio == 0.25
     assert (paper.scope, paper.keep_kv, paper.recovery, paper.reduction) == ("attn", False, "copy", "prune")
     assert (paper.metric, paper.rematch, paper.matcher) == ("output", False, BipartiteMatcher())
-    assert paper.schedule == FixedInterval(interval=4) and paper.frequency_penalty == 0.05
+    assert (paper.schedule, paper.end_dense_steps) == (FixedInterval(interval=4), 0)
+    assert paper.frequency_penalty == 0.05
     assert TokenReductionConfig.paper(scope="block", frequency_penalty=0.0).scope == "block"
 
 
