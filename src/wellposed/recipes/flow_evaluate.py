@@ -1,0 +1,209 @@
+"""Scores of a run of a flow-matching transformer, each with its card."""
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wellposed.evaluation.features import FeatureExtractor, unit_images
+from wellposed.evaluation.frechet import FeatureStatistics, frechet_floor, frechet_score
+from wellposed.recipes.device import resolved_device
+from wellposed.recipes.flow_draw import FlowSampler, draw_images, load_flow
+from wellposed.recipes.flow_recipe import FlowRecipe
+from wellposed.recipes.recipe import OnProgress, ScoreTable, no_progress
+from wellposed.recipes.run_folder import RunFolder, open_run, write_json
+
+__all__ = ["FlowScore", "RealImages", "real_images", "score_flow", "score_table"]
+
+READING_BATCH = 500
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowScore:
+    """The score of one number of steps.
+
+    Attributes:
+        steps: sampling steps T.
+        count: images drawn.
+        seed: of the images.
+        value: Frechet distance to the training images.
+        floor: what as many of those score against the others; None where there are fewer.
+        seconds: wall-clock time, drawing and scoring.
+        card: what the score depends on.
+    """
+
+    steps: int
+    count: int
+    seed: int
+    value: float
+    floor: float | None
+    seconds: float
+    card: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RealImages:
+    """What samples are compared with.
+
+    Attributes:
+        name: of the set.
+        extractor: features of images in [0, 1].
+        features: of the real images.
+        statistics: their mean and covariance.
+    """
+
+    name: str
+    extractor: FeatureExtractor
+    features: Tensor
+    statistics: FeatureStatistics
+
+    def floor(self, count: int) -> float | None:
+        """What ``count`` real images score against the others; None where there are no more than that."""
+        if count >= len(self.features):
+            return None
+        return frechet_floor(self.features, num_images=count, generator=torch.Generator().manual_seed(0))
+
+
+def real_images(recipe: FlowRecipe, run: Path, device: torch.device) -> RealImages:
+    """The training images of a recipe, seen by its extractor, which may be trained into the run's folder."""
+    extractor: FeatureExtractor = recipe.evaluation.extractor(run, str(device))
+    dataset = recipe.training_images()
+    batches = (
+        unit_images(dataset.batch(range(start, min(start + READING_BATCH, len(dataset)))).images)
+        for start in range(0, len(dataset), READING_BATCH)
+    )
+    features = torch.cat([part.cpu() for part in extractor.batches(batches, image_format="8-bit")])
+    return RealImages(
+        name=dataset.name,
+        extractor=extractor,
+        features=features,
+        statistics=FeatureStatistics.from_features(features),
+    )
+
+
+def score_flow(
+    recipe: FlowRecipe,
+    run: str | Path,
+    *,
+    count: int | None = None,
+    steps: int | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    resume: bool = False,
+    on_progress: OnProgress = no_progress,
+) -> list[FlowScore]:
+    """Draw images at the recipe's step counts, score them, and keep the scores in the run's ``scores.json``.
+
+    Arguments as of ``Recipe.evaluate``.
+
+    Raises:
+        ValueError: no such run, or settings out of range.
+    """
+    folder = open_run(run)
+    count = recipe.evaluation.num_samples if count is None else count
+    if count < 2:
+        raise ValueError(f"count is {count}; a covariance of features needs at least 2 images")
+    wanted = recipe.sampling.step_counts if steps is None else (steps,)
+    kept = _read_scores(folder)
+    chosen = resolved_device(device)
+    sampler: FlowSampler | None = None
+    real: RealImages | None = None
+    scores: list[FlowScore] = []
+    for num_steps in wanted:
+        found = [one for one in kept if (one.steps, one.count, one.seed) == (num_steps, count, seed)]
+        if found and resume:
+            scores += found
+            continue
+        sampler = sampler or load_flow(folder.pipeline, chosen)
+        real = real or real_images(recipe, folder.path, chosen)
+        score = _score(sampler, recipe, real, num_steps, count, seed, on_progress)
+        scores.append(score)
+        kept = [*(other for other in kept if other not in found), score]
+        write_json(folder.scores_file, [asdict(one) for one in kept])
+    return scores
+
+
+def _score(
+    sampler: FlowSampler,
+    recipe: FlowRecipe,
+    real: RealImages,
+    steps: int,
+    count: int,
+    seed: int,
+    on_progress: OnProgress,
+) -> FlowScore:
+    started = time.perf_counter()
+
+    def batches() -> Iterator[Tensor]:
+        done = 0
+        for images in draw_images(
+            sampler,
+            size=recipe.image_size,
+            count=count,
+            num_inference_steps=steps,
+            batch_size=recipe.sampling.batch_size,
+            seed=seed,
+        ):
+            done += len(images)
+            on_progress(f"T = {steps}", done, count)
+            yield images
+
+    score = frechet_score(
+        batches(),
+        extractor=real.extractor,
+        reference=real.statistics,
+        reference_name=real.name,
+        image_format="8-bit",
+    )
+    return FlowScore(
+        steps=steps,
+        count=count,
+        seed=seed,
+        value=score.value,
+        floor=real.floor(count),
+        seconds=round(time.perf_counter() - started, 3),
+        card=score.to_dict(),
+    )
+
+
+def score_table(scores: Sequence[FlowScore]) -> ScoreTable:
+    """The scores as the command line shows and records them."""
+    rows = tuple(
+        (
+            str(one.steps),
+            f"{one.value:.4f}",
+            "" if one.floor is None else f"{one.floor:.4f}",
+            f"{one.seconds:.1f}",
+        )
+        for one in scores
+    )
+    names = [f"Frechet distance T={one.steps}" for one in scores]
+    return ScoreTable(
+        columns=("T", "Frechet distance", "real against real", "seconds"),
+        rows=rows,
+        caption=_card(scores[0]),
+        metrics=dict(zip(names, (one.value for one in scores), strict=True)),
+        cards=tuple(f"{name}: {_card(one)}" for name, one in zip(names, scores, strict=True)),
+    )
+
+
+def _card(score: FlowScore) -> str:
+    card = score.card
+    return (
+        f"{card['extractor']} {card['weights_hash'][:8]}, resize {card['resize']}, n = {card['num_images']}, reference "
+        f"{card['reference']} {card['reference_hash'][:8]}, images {card['image_format']}"
+    )
+
+
+def _read_scores(folder: RunFolder) -> list[FlowScore]:
+    if not folder.scores_file.is_file():
+        return []
+    try:
+        return [FlowScore(**entry) for entry in json.loads(folder.scores_file.read_text(encoding="utf-8"))]
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+        raise ValueError(f"{folder.scores_file} is damaged ({error}); move it away to score afresh") from error

@@ -1,0 +1,152 @@
+"""Runs that end in images of a flow-matching transformer: FLUX's own architecture, small, with classes for prompts."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wellposed.recipes.ddpm_recipe import FeatureEvaluation
+from wellposed.recipes.recipe import (
+    OnProgress,
+    Recipe,
+    RequiredFile,
+    ScoreTable,
+    TrainedRun,
+    TrainingSettings,
+    no_progress,
+)
+
+if TYPE_CHECKING:
+    from wellposed.recipes.flow_sample import FlowImages
+
+__all__ = ["FlowRecipe", "FlowSamplingSettings"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowSamplingSettings:
+    """How images are drawn: Euler steps at sigma = 1, 1 - 1/T, ..., 1/T, as FLUX does.
+
+    Attributes:
+        step_counts: numbers T of steps to evaluate at.
+        num_inference_steps: T where one number is asked for.
+        batch_size: images drawn together.
+    """
+
+    step_counts: tuple[int, ...]
+    num_inference_steps: int = 28
+    batch_size: int = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowRecipe(Recipe):
+    """A run with a ``FluxTransformer2DModel`` on pixels, conditional on a class where the images have one.
+
+    What it exports is a stock ``FluxPipeline`` without text encoders and autoencoder: classes go in as prompt
+    embeddings (:func:`wellposed.recipes.flow_draw.class_prompts`), and its latents are pixels.
+
+    Attributes:
+        network: () -> the transformer with random weights.
+        dataset: (path of ``images``, or of the data folder) -> the training images, an ``ImageDataset``.
+        training: how it is trained.
+        sampling: how images are drawn.
+        evaluation: how they are scored.
+        image_size: side of an image, in pixels; a token has 2 x 2 of them.
+        images: the training images, where the user has to get them.
+    """
+
+    network: Callable[[], Any]
+    dataset: Callable[[Path], Any]
+    training: TrainingSettings
+    sampling: FlowSamplingSettings
+    evaluation: FeatureEvaluation
+    image_size: int = 32
+    images: RequiredFile | None = None
+
+    @property
+    def options(self) -> frozenset[str]:
+        """None."""
+        return frozenset()
+
+    def training_images(self) -> Any:
+        """The data set.
+
+        Raises:
+            FileNotFoundError: its files are missing.
+        """
+        return self.dataset(self.folder if self.images is None else self.images.found_in(self.folder))
+
+    def required_files(self) -> tuple[RequiredFile, ...]:
+        """The training images, where they do not ship with a package."""
+        return () if self.images is None else (self.images,)
+
+    def settings(self) -> dict[str, Any]:
+        """Training, sampling and evaluation."""
+        evaluation = {"metric": "Frechet distance", "num_samples": self.evaluation.num_samples}
+        return {
+            "image_size": self.image_size,
+            "training": asdict(self.training),
+            "sampling": asdict(self.sampling),
+            "evaluation": evaluation,
+        }
+
+    def train(
+        self,
+        out: str | Path,
+        *,
+        steps: int | None = None,
+        seed: int = 0,
+        device: str = "auto",
+        resume: bool = False,
+        progress: bool = True,
+    ) -> TrainedRun:
+        """See :func:`wellposed.recipes.flow_train.train_flow`."""
+        from wellposed.recipes.flow_train import train_flow
+
+        return train_flow(self, out, steps=steps, seed=seed, device=device, resume=resume, progress=progress)
+
+    def sample(
+        self,
+        run: str | Path,
+        *,
+        count: int | None = None,
+        steps: int | None = None,
+        seed: int = 0,
+        device: str = "auto",
+        on_progress: OnProgress = no_progress,
+        **options: Any,
+    ) -> "FlowImages":
+        """See :func:`wellposed.recipes.flow_sample.sample_flow`."""
+        from wellposed.recipes.flow_sample import sample_flow
+
+        return sample_flow(
+            self, run, count=count, steps=steps, seed=seed, device=device, on_progress=on_progress, **options
+        )
+
+    def evaluate(
+        self,
+        run: str | Path,
+        *,
+        count: int | None = None,
+        steps: int | None = None,
+        seed: int = 0,
+        device: str = "auto",
+        resume: bool = False,
+        on_progress: OnProgress = no_progress,
+        **options: Any,
+    ) -> ScoreTable:
+        """See :func:`wellposed.recipes.flow_evaluate.score_flow`."""
+        from wellposed.recipes.flow_evaluate import score_flow, score_table
+
+        return score_table(
+            score_flow(
+                self,
+                run,
+                count=count,
+                steps=steps,
+                seed=seed,
+                device=device,
+                resume=resume,
+                on_progress=on_progress,
+                **options,
+            )
+        )

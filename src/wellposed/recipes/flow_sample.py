@@ -1,0 +1,79 @@
+"""Images from a run of a flow-matching transformer."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from wellposed.data.pictures import save_image, save_image_grid
+from wellposed.recipes.ddpm_draw import grid_columns
+from wellposed.recipes.device import resolved_device
+from wellposed.recipes.flow_draw import draw_images, load_flow
+from wellposed.recipes.flow_recipe import FlowRecipe
+from wellposed.recipes.recipe import DrawnSamples, OnProgress, no_progress
+from wellposed.recipes.run_folder import open_run
+
+__all__ = ["FlowImages", "sample_flow"]
+
+DEFAULT_COUNT = 40
+MOST_IN_GRID = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowImages(DrawnSamples):
+    """Images ``00000.png``, ``00001.png``, ... and a grid of the first ones."""
+
+    @property
+    def told(self) -> str:
+        """How many, how long, where."""
+        return f"{self.count} images in {self.seconds:.1f} s, {self.evaluations} steps each: {self.overview}"
+
+
+def sample_flow(
+    recipe: FlowRecipe,
+    run: str | Path,
+    *,
+    count: int | None = None,
+    steps: int | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    on_progress: OnProgress = no_progress,
+) -> FlowImages:
+    """Draw images from a run's pipeline into its ``samples`` folder; see ``Recipe.sample``.
+
+    Raises:
+        ValueError: no such run, count < 1, steps < 1.
+    """
+    count = DEFAULT_COUNT if count is None else count
+    if count < 1:
+        raise ValueError(f"count is {count}; give at least 1")
+    folder = open_run(run)
+    steps = recipe.sampling.num_inference_steps if steps is None else steps
+    sampler = load_flow(folder.pipeline, resolved_device(device))
+    name = f"T{steps:04d}_seed{seed}"
+    about = {"recipe": recipe.name, "seed": seed, "num_inference_steps": steps}
+    shown: list[torch.Tensor] = []
+    number = 0
+    started = time.perf_counter()
+    for images in draw_images(
+        sampler,
+        size=recipe.image_size,
+        count=count,
+        num_inference_steps=steps,
+        batch_size=recipe.sampling.batch_size,
+        seed=seed,
+    ):
+        for image in images.cpu():
+            save_image(image, folder.samples / name / f"{number:05d}.png", metadata={**about, "number": number})
+            number += 1
+        if len(shown) < MOST_IN_GRID:
+            shown += images.cpu()
+        on_progress("images", number, count)
+    seconds = time.perf_counter() - started
+    shown = shown[:MOST_IN_GRID]
+    grid = folder.samples / f"{name}.png"
+    save_image_grid(torch.stack(shown), grid, columns=grid_columns(len(shown)), enlarge=2, metadata=about)
+    return FlowImages(
+        overview=grid, folder=folder.samples / name, count=count, evaluations=steps, seconds=round(seconds, 3)
+    )
