@@ -40,6 +40,16 @@ def test_lgs_ddpm_runs_on_a_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert len(list(tmp_path.glob("full_covariance_*.png"))) == 16
 
 
+def test_dito_flux_forecasts_and_compares(capsys: pytest.CaptureFixture[str]) -> None:
+    flux = example("dito_flux")
+    found = flux.compare(flux.tiny_flux(), size=256, steps=4, text_tokens=64)
+    assert found.psnr > 30
+    assert 1.15 < found.predicted_speed_up < 1.25
+    printed = capsys.readouterr().out
+    assert "256 x 256 px: 256 image and 64 text tokens" in printed
+    assert "steps: match reduce match reduce" in printed
+
+
 def test_udm_text_trains_samples_and_fills_a_hole(tmp_path: Path) -> None:
     pipe, bound = example("udm_text").trained(tmp_path, max_steps=10, documents=10)
     pipe.set_progress_bar_config(disable=True)

@@ -188,7 +188,8 @@ def count_steps(config: TokenReductionConfig, num_inference_steps: int) -> StepC
     counts = {"dense": 0, "match": 0, "reduce": 0}
     last = None
     for step in range(num_inference_steps):
-        if step < config.warmup_steps - 1 or step >= num_inference_steps - config.end_dense_steps:
+        at_the_end = step >= max(config.warmup_steps, num_inference_steps - config.end_dense_steps)
+        if step < config.warmup_steps - 1 or at_the_end:
             counts["dense"] += 1
         elif _is_matching(config, step, last):
             counts["match"] += 1
@@ -210,7 +211,8 @@ class SiteForecast:
         reduced_flops: of a call in a Reduction step.
         matching_flops: of the similarities of one match.
         plan_bytes: of the indices: which rows to keep, which to drop, and where every row is recovered from.
-        offset_bytes: what delta recovery keeps: one row of the output for each dropped token.
+        offset_bytes: of what recovery keeps of outputs: with "delta" a row for each dropped token, with "linear" two,
+            and one for each row of the sequence.
     """
 
     name: str
@@ -303,29 +305,30 @@ class Forecast:
 
     @property
     def offset_bytes(self) -> int:
-        """Of what delta recovery keeps, all sites together; 0 with copy recovery."""
+        """Of what recovery keeps of outputs, all sites together; 0 with "copy"."""
         return self.num_contexts * sum(site.offset_bytes for site in self.sites)
 
     def __str__(self) -> str:
         config, steps = self.config, self.steps
         tokens = self.sites[0].num_tokens if self.sites else 0
+        unit, name = (1e12, "TFLOP") if self.dense_flops >= 1e12 else (1e9, "GFLOP")
         kv = "keys and values dense" if config.keep_kv else "keys and values reduced"
         lines = [
             f"{self.model}, {self.height} x {self.width} px: {tokens} image and {self.num_text} text tokens, "
             f"batch {self.batch_size}, {self.num_inference_steps} steps",
             f'ratio {config.ratio:g}, scope "{config.scope}", {kv}, {config.recovery} recovery',
             "",
-            f"{'sites':44}{'tokens':>14}{'TFLOP':>9}{'reduced':>9}{'speed-up':>10}",
+            f"{'sites':44}{'tokens':>14}{name:>9}{'reduced':>9}{'speed-up':>10}",
         ]
-        lines += [_site_line(sites) for sites in _runs(self.sites)]
-        outside = self.outside_flops / 1e12
+        lines += [_site_line(sites, unit) for sites in _runs(self.sites)]
+        outside = self.outside_flops / unit
         lines += [
             f"{'outside the sites':44}{'':14}{outside:9.3f}{outside:9.3f}  ({self.outside_share:.0%} of a dense call)",
             "",
             f"steps     {steps.match} Matching (dense), {steps.reduce} Reduction, {steps.dense} other dense",
             f"speed-up  {self.step_speed_up:.2f}x in a Reduction step, {self.speed_up:.2f}x over all steps (by FLOPs)",
             f"matching  {self.matching_flops / self.dense_flops:.2%} of a dense call, when it is done",
-            f"memory    {_readable(self.plan_bytes)} of plans, {_readable(self.offset_bytes)} of offsets",
+            f"memory    {_readable(self.plan_bytes)} of plans, {_readable(self.offset_bytes)} of earlier outputs",
         ]
         return "\n".join(lines)
 
@@ -411,7 +414,7 @@ def forecast(
                     # Of every source with every destination, and with their mean.
                     matching_flops=batch_size * 2 * windows.num_sources * (windows.num_windows + 1) * channels,
                     plan_bytes=batch_size * _plan_bytes(num_tokens, num_reduced, length),
-                    offset_bytes=batch_size * element_bytes * channels * num_reduced * (config.recovery == "delta"),
+                    offset_bytes=batch_size * element_bytes * channels * _kept_rows(config, num_reduced, length),
                 )
             )
     return Forecast(
@@ -473,12 +476,13 @@ def recommend(
     """A setting for this model and this size of picture. The rules and their thresholds are ours.
 
     Whole blocks with dense keys and values: attention alone leaves the MLP, which is most of a wide model. One Matching
-    step in four, in two for models of few steps. Delta recovery, unless its offsets do not fit. Advised against where
-    little is gained by FLOPs, or the sequence is so short that a GPU is not busy anyway.
+    step in four, in two for models of few steps, which also have no dense step to spare at the end. A recovery that
+    keeps less, if what it keeps of earlier outputs does not fit. Advised against where little is gained by FLOPs, or
+    the sequence is so short that a GPU is not busy anyway.
 
     Args:
         ratio: share of the image tokens to drop.
-        memory_limit: bytes that the offsets of delta recovery may take; None for no limit.
+        memory_limit: bytes that recovery may keep of earlier outputs; None for no limit.
         transformer: as all others, see :func:`forecast`.
 
     Raises:
@@ -501,28 +505,34 @@ def recommend(
         )
 
     few = num_inference_steps <= FEW_STEPS
-    changes: dict[str, Any] = {"scope": "block", "schedule": FixedInterval(interval=2 if few else 4)}
-    chosen = look(recovery="delta", **changes)
-    attention = look(**{**changes, "scope": "attn"}, recovery="delta")
+    changes: dict[str, Any] = {"scope": "block"}
+    if few:
+        changes |= {"schedule": FixedInterval(interval=2), "end_dense_steps": 0}
+    chosen = look(**changes)
+    attention = look(**{**changes, "scope": "attn"})
     reasons = [
         f'scope "block": a Reduction step has a ceiling of {chosen.step_speed_up:.2f}x with the MLP and of '
         f"{attention.step_speed_up:.2f}x without; {attention.outside_share:.0%} of the model lie outside attention"
     ]
     if few:
-        reasons.append(f"one Matching step in two: of {num_inference_steps} steps, pairs must not get old")
+        reasons.append(f"one Matching step in two, and none dense at the end: of {num_inference_steps} each one counts")
     else:
         reasons.append(
             f"with {num_inference_steps} steps, try fewer steps or a cache (FirstBlockCache) first: where neighbouring "
             "steps are alike, skipping some costs less than reducing all; token reduction then stacks on top"
         )
-    if memory_limit is not None and chosen.offset_bytes > memory_limit:
+    for recovery in ("delta", "copy"):
+        if memory_limit is None or chosen.offset_bytes <= memory_limit:
+            break
+        if chosen.config.recovery == recovery:
+            continue
         reasons.append(
-            f"copy recovery: the offsets of delta recovery take {_readable(chosen.offset_bytes)}, more than "
-            f"the limit of {_readable(memory_limit)}"
+            f'{recovery} recovery: "{chosen.config.recovery}" keeps {_readable(chosen.offset_bytes)} of earlier '
+            f"outputs, more than the limit of {_readable(memory_limit)}"
         )
-        chosen = look(recovery="copy", **changes)
-    else:
-        reasons.append(f"delta recovery, which keeps {_readable(chosen.offset_bytes)} of offsets")
+        chosen = look(**changes, recovery=recovery)
+    if chosen.offset_bytes:
+        reasons.append(f"{chosen.config.recovery} recovery, which keeps {_readable(chosen.offset_bytes)}")
     advised = True
     if chosen.speed_up < LITTLE_GAIN:
         advised = False
@@ -642,6 +652,17 @@ def _plan_bytes(num_tokens: int, num_reduced: int, length: int) -> int:
     return 8 * keep_drop_recover + 4 * (2 * length + num_reduced)
 
 
+def _kept_rows(config: TokenReductionConfig, num_reduced: int, length: int) -> int:
+    """Rows of earlier outputs, from the second Matching step on."""
+    match config.recovery:
+        case "copy":
+            return 0
+        case "delta":
+            return num_reduced
+        case "linear":
+            return 2 * num_reduced + length
+
+
 def _dtype(transformer: nn.Module) -> torch.dtype:
     return next((p.dtype for p in transformer.parameters() if p.is_floating_point()), torch.float32)
 
@@ -662,13 +683,12 @@ def _runs(sites: Sequence[SiteForecast]) -> list[list[SiteForecast]]:
     return [list(group) for _, group in groupby(sites, kind)]
 
 
-def _site_line(sites: Sequence[SiteForecast]) -> str:
+def _site_line(sites: Sequence[SiteForecast], unit: float) -> str:
     first = sites[0]
     name = first.name if len(sites) == 1 else f"{len(sites)} x {first.name} ..."
     tokens = f"{first.num_tokens} -> {first.num_tokens - first.num_reduced}"
-    dense, reduced = (
-        sum(flops) / 1e12 for flops in zip(*((s.dense_flops, s.reduced_flops) for s in sites), strict=True)
-    )
+    dense = sum(site.dense_flops for site in sites) / unit
+    reduced = sum(site.reduced_flops for site in sites) / unit
     return f"{name:44}{tokens:>14}{dense:9.3f}{reduced:9.3f}{first.speed_up:9.2f}x"
 
 
