@@ -1,21 +1,36 @@
-"""Tiny real transformers of every supported family, and a call of each."""
+"""Tiny real transformers of every supported family, a call of each, and pipelines around them."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLFlux2,
+    DDIMScheduler,
+    DiTPipeline,
     DiTTransformer2DModel,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
     Flux2Transformer2DModel,
+    FluxPipeline,
     FluxTransformer2DModel,
+    PixArtAlphaPipeline,
     PixArtTransformer2DModel,
+    QwenImagePipeline,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    ZImagePipeline,
     ZImageTransformer2DModel,
 )
 from torch import Tensor, nn
+
+from wellposed.dito.matching import TokenCorrespondence, TokenWindows
 
 ROWS, COLUMNS = 4, 6  # not square
 TOKENS = ROWS * COLUMNS
@@ -251,3 +266,277 @@ FAMILIES = {"flux": flux, "flux2": flux2, "sd3": sd3, "pixart": pixart, "dit": d
 def host(request: pytest.FixtureRequest) -> Host:
     """One after the other."""
     return FAMILIES[request.param]()
+
+
+# --- laws that hold for every family
+
+
+class KeepsAll:
+    """A matcher that drops nothing: every stage of a Reduction step runs, and nothing is lost."""
+
+    def __call__(
+        self,
+        features: Tensor,
+        windows: TokenWindows,
+        num_reduced: int,
+        *,
+        generator: torch.Generator,
+        penalty: Tensor | None = None,
+    ) -> TokenCorrespondence:
+        """No pairs."""
+        nobody = torch.zeros(len(features), 0, dtype=torch.long, device=features.device)
+        return TokenCorrespondence.from_pairs(windows.num_tokens, nobody, nobody)
+
+
+def without_positions(host: Host) -> Host:
+    """The same model, to which every place of the picture is the same: equal tokens have equal outputs."""
+    model = host.model
+    if host.name in ("sd3", "pixart", "dit"):
+        model.pos_embed.pos_embed.zero_()
+        return host
+    rotary = model.rope_embedder if host.name == "z_image" else model.pos_embed
+    tables = rotary.__call__ if host.name == "z_image" else rotary.forward
+
+    def unturned(*args: Any, **kwargs: Any) -> Any:
+        found = tables(*args, **kwargs)
+        if isinstance(found, Tensor):
+            return torch.ones_like(found)
+        first, second = found
+        return torch.ones_like(first), torch.ones_like(second) if second.is_complex() else torch.zeros_like(second)
+
+    if isinstance(rotary, nn.Module):
+        rotary.forward = unturned
+    else:
+        model.rope_embedder = unturned
+    return host
+
+
+def of_equal_windows(host: Host) -> Host:
+    """The same calls, of pictures whose 2 x 2 windows of tokens hold one token four times."""
+
+    def arguments(progress: float, batch: int) -> dict[str, Any]:
+        given = host.arguments(progress, batch)
+        if isinstance(given.get("x"), list):
+            return {**given, "x": [_repeated(picture) for picture in given["x"]]}
+        x = given["hidden_states"]
+        if x.ndim == 4:
+            return {**given, "hidden_states": _repeated(x)}
+        first_rows, first_columns = (torch.arange(size) // 2 * 2 for size in (ROWS, COLUMNS))
+        grid = x.unflatten(1, (ROWS, COLUMNS))[:, first_rows][:, :, first_columns]
+        return {**given, "hidden_states": grid.flatten(1, 2)}
+
+    return replace(host, arguments=arguments)
+
+
+def _repeated(latents: Tensor) -> Tensor:
+    """Latents of 2 x 2 to a token."""
+    rows, columns = (torch.arange(size) // 4 * 4 + torch.arange(size) % 2 for size in latents.shape[-2:])
+    return latents[..., rows, :][..., columns]
+
+
+@pytest.fixture
+def own_clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every call is later than the last one, whatever timestep the model is told."""
+    clock = iter(range(1000, 0, -1))
+    monkeypatch.setattr("wellposed.dito.hooks.time_to_data", lambda arguments: float(next(clock)))
+    yield
+
+
+# --- pipelines
+
+
+def tiny_vae(kind: type[nn.Module] = AutoencoderKL, *, latent_channels: int = 1) -> nn.Module:
+    """As large as the picture."""
+    vae = kind(
+        block_out_channels=(8,),
+        down_block_types=("DownEncoderBlock2D",),
+        up_block_types=("UpDecoderBlock2D",),
+        norm_num_groups=4,
+        latent_channels=latent_channels,
+    )
+    return _seeded(vae)
+
+
+NO_TEXT_MODELS = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+
+
+@dataclass(frozen=True)
+class Pipe:
+    """A real pipeline around a tiny transformer, and a call of it that returns latents."""
+
+    pipe: Any
+    arguments: dict[str, Any]
+
+    @property
+    def transformer(self) -> Any:
+        """Its model."""
+        return self.pipe.transformer
+
+    def __call__(self, *, seed: int = 0, **changes: Any) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        options = {"num_inference_steps": 6, "output_type": "latent", "return_dict": False, **self.arguments, **changes}
+        output = self.pipe(generator=generator, **options)[0]
+        return torch.stack(list(output)) if isinstance(output, list) else torch.as_tensor(output)
+
+
+def _pipe(pipe: Any, **arguments: Any) -> Pipe:
+    pipe.set_progress_bar_config(disable=True)
+    return Pipe(pipe, arguments)
+
+
+def flux_pipe() -> Pipe:
+    """Guidance in a second call, in a context of its own, with ``true_cfg_scale``."""
+    pipe = FluxPipeline(
+        transformer=flux().model, vae=None, scheduler=FlowMatchEulerDiscreteScheduler(), **NO_TEXT_MODELS
+    )
+    return _pipe(
+        pipe,
+        prompt_embeds=_noise(1, TEXT, 8, seed=3),
+        pooled_prompt_embeds=_noise(1, 8, seed=4),
+        negative_prompt_embeds=_noise(1, TEXT, 8, seed=5),
+        negative_pooled_prompt_embeds=_noise(1, 8, seed=6),
+        height=16 * ROWS,
+        width=16 * COLUMNS,
+    )
+
+
+def flux2_pipe() -> Pipe:
+    """Two contexts."""
+    pipe = Flux2KleinPipeline(
+        transformer=flux2().model,
+        vae=tiny_vae(AutoencoderKLFlux2),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        text_encoder=None,
+        tokenizer=None,
+    )
+    return _pipe(
+        pipe,
+        prompt_embeds=_noise(1, TEXT, 8, seed=3),
+        negative_prompt_embeds=_noise(1, TEXT, 8, seed=5),
+        height=2 * ROWS,
+        width=2 * COLUMNS,
+    )
+
+
+def sd3_pipe() -> Pipe:
+    """Guidance in one batch, and no contexts."""
+    pipe = StableDiffusion3Pipeline(
+        transformer=sd3().model,
+        vae=None,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        text_encoder_3=None,
+        tokenizer_3=None,
+        **NO_TEXT_MODELS,
+    )
+    return _pipe(
+        pipe,
+        prompt_embeds=_noise(1, TEXT, 8, seed=3),
+        pooled_prompt_embeds=_noise(1, 8, seed=4),
+        negative_prompt_embeds=_noise(1, TEXT, 8, seed=5),
+        negative_pooled_prompt_embeds=_noise(1, 8, seed=6),
+        height=16 * ROWS,
+        width=16 * COLUMNS,
+    )
+
+
+def pixart_pipe() -> Pipe:
+    """Guidance in one batch."""
+    pipe = PixArtAlphaPipeline(
+        transformer=pixart().model,
+        vae=None,
+        scheduler=DPMSolverMultistepScheduler(),
+        text_encoder=None,
+        tokenizer=None,
+    )
+    mask = torch.ones(1, TEXT)
+    return _pipe(
+        pipe,
+        negative_prompt=None,
+        prompt_embeds=_noise(1, TEXT, 8, seed=3),
+        prompt_attention_mask=mask,
+        negative_prompt_embeds=_noise(1, TEXT, 8, seed=5),
+        negative_prompt_attention_mask=mask,
+        height=16 * ROWS,
+        width=16 * COLUMNS,
+        use_resolution_binning=False,
+    )
+
+
+def dit_pipe() -> Pipe:
+    """Square pictures, which the pipeline decodes."""
+    pipe = DiTPipeline(transformer=dit().model, vae=tiny_vae(latent_channels=4), scheduler=DDIMScheduler())
+    return _pipe(pipe, class_labels=[1, 2], output_type="np")
+
+
+def qwen_pipe() -> Pipe:
+    """Two contexts, pictures with a time axis of one frame."""
+    pipe = QwenImagePipeline(
+        transformer=qwen().model,
+        vae=None,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        text_encoder=None,
+        tokenizer=None,
+    )
+    mask = torch.ones(1, TEXT, dtype=torch.long)
+    return _pipe(
+        pipe,
+        prompt_embeds=_noise(1, TEXT, 8, seed=3),
+        prompt_embeds_mask=mask,
+        negative_prompt_embeds=_noise(1, TEXT, 8, seed=5),
+        negative_prompt_embeds_mask=mask,
+        height=16 * ROWS,
+        width=16 * COLUMNS,
+    )
+
+
+def z_image_pipe() -> Pipe:
+    """Guidance in one batch, as lists."""
+    pipe = ZImagePipeline(
+        transformer=z_image().model,
+        vae=None,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        text_encoder=None,
+        tokenizer=None,
+    )
+    return _pipe(
+        pipe,
+        prompt_embeds=[_noise(TEXT, 8, seed=3)],
+        negative_prompt_embeds=[_noise(TEXT, 8, seed=5)],
+        height=16 * ROWS,
+        width=16 * COLUMNS,
+    )
+
+
+PIPES = {
+    "flux": flux_pipe,
+    "flux2": flux2_pipe,
+    "sd3": sd3_pipe,
+    "pixart": pixart_pipe,
+    "dit": dit_pipe,
+    "qwen": qwen_pipe,
+    "z_image": z_image_pipe,
+}
+
+
+@pytest.fixture(params=sorted(PIPES))
+def pipe(request: pytest.FixtureRequest) -> Pipe:
+    """One after the other."""
+    return PIPES[request.param]()
+
+
+@pytest.fixture(scope="session")
+def tiny() -> SimpleNamespace:
+    """Builders by family, and what tests of several modules share."""
+    return SimpleNamespace(
+        hosts=FAMILIES,
+        pipes=PIPES,
+        vae=tiny_vae,
+        noise=_noise,
+        keeps_all=KeepsAll,
+        without_positions=without_positions,
+        of_equal_windows=of_equal_windows,
+        rows=ROWS,
+        columns=COLUMNS,
+        tokens=TOKENS,
+        text=TEXT,
+    )

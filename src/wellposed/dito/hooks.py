@@ -32,7 +32,7 @@ from wellposed.dito.sites import (
     outside_graph,
 )
 from wellposed.dito.trajectory import (
-    CallKey,
+    Call,
     ContextState,
     Mode,
     SiteState,
@@ -55,9 +55,6 @@ ROOT_HOOK = "token_reduction"
 SITE_HOOK = "token_reduction_site"
 ATTENTION_HOOK = "token_reduction_attention"
 ENTRY_HOOK = "token_reduction_entry"
-
-# Shifted schedules lengthen their last steps, by less than a half at ten steps or more.
-_LAST_STEP = 1.5
 
 
 def apply_token_reduction(
@@ -198,7 +195,9 @@ class _RootHook(ModelHook):
         self.parameters = list(inspect.signature(type(transformer).forward).parameters)[1:]
         self.sites: list[Site] = []
         self.helpers: list[tuple[nn.Module, str, ModelHook]] = []
-        self.summaries: dict[tuple[str, CallKey, int], Summary] = {}
+        self.summaries: dict[tuple[str, int, int], Summary] = {}  # by context, batch and branch
+        self.contexts: set[str] = set()  # that the generation has named so far
+        self.remaining = float("inf")  # of its time
         self.active: Trajectory | None = None
         self.calls = 0
         self.checked_step = False
@@ -258,6 +257,7 @@ class _RootHook(ModelHook):
         """Called by pipelines at the end of a generation."""
         self.state_manager.reset()
         self.active = None
+        self.remaining = float("-inf")  # whatever is called next is another generation
         return module
 
     # --- every call
@@ -296,18 +296,29 @@ class _RootHook(ModelHook):
         finally:
             if borrowed:
                 manager.set_context(None)
-        image = arguments["x"][0] if isinstance(arguments.get("x"), list) else arguments["hidden_states"]
-        batch = len(arguments["x"]) if isinstance(arguments.get("x"), list) else image.shape[0]
-        key: CallKey = (batch, tuple(image.shape), image.dtype, str(image.device))
+        pictures = arguments.get("x")
+        if isinstance(pictures, list):
+            batch, latents = len(pictures), pictures[0].unsqueeze(0)
+        else:
+            batch, latents = arguments["hidden_states"].shape[0], arguments["hidden_states"]
+        call = Call(batch=batch, remaining=time_to_data(arguments), latents=latents)
 
-        def start(number: int) -> Trajectory:
-            if number == 0:
-                for old in [entry for entry in self.summaries if entry[0] == name]:
-                    del self.summaries[old]
-            summary = self.summaries[name, key, number] = Summary()
+        def start(branch: int) -> Trajectory:
+            if len(state.trajectories) == 1 and branch == 0:
+                self._begin(name, call.remaining)
+            summary = self.summaries[name, batch, branch] = Summary()
             return self._start(name, arguments, summary)
 
-        return state.trajectory(key, time_to_data(arguments), start)
+        trajectory = state.trajectory(call, start)
+        self.remaining = call.remaining
+        return trajectory
+
+    def _begin(self, context: str, remaining: float) -> None:
+        """Forget the record of the last generation, at the first call of this one."""
+        if remaining > self.remaining or context in self.contexts:
+            self.summaries.clear()
+            self.contexts.clear()
+        self.contexts.add(context)
 
     def _start(self, name: str, arguments: dict[str, Any], summary: Summary) -> Trajectory:
         _refuse_covariance(self.transformer)
@@ -355,8 +366,7 @@ class _RootHook(ModelHook):
                 f"{dense} dense steps at the end need the number of steps, which this pipeline does not say; give "
                 "TokenReductionConfig(num_inference_steps=...)"
             )
-        # The last step, if another one of this length, or half as long again, would go past the data.
-        return trajectory.remaining <= _LAST_STEP * trajectory.length
+        return trajectory.ends_here()
 
     def check_hosts(self) -> None:
         """Raise where the settings need an attention that the sites do not have."""

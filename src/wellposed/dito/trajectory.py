@@ -13,13 +13,19 @@ from wellposed.dito.adapters import Rows
 from wellposed.dito.matching import TokenWindows
 from wellposed.dito.schedule import Measurement
 
-__all__ = ["CallKey", "ContextState", "Mode", "SiteState", "StepRecord", "Summary", "Trajectory", "time_to_data"]
+__all__ = ["Call", "ContextState", "Mode", "SiteState", "StepRecord", "Summary", "Trajectory", "time_to_data"]
 
 Mode = Literal["dense", "match", "reduce"]
 
-# Calls at one and the same timestep that are told apart: branches of guidance, stages of a two-stage solver. A fifth
-# one is taken for a new generation.
-_CALLS_PER_TIMESTEP = 4
+# Branches of guidance that are told apart. One more call of the same latents is taken for a new generation.
+_MOST_BRANCHES = 4
+
+# Latents of another picture differ by about sqrt(2) of their norm, a step that a timestep in half precision does not
+# show by some percent.
+_SAME_PICTURE = 0.5
+
+# Differences of reciprocal times that are too small to tell a schedule by, timesteps in bfloat16 being off by 0.002.
+_FINE = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +64,8 @@ class SiteState:
             image = self.rows.image
             if self.counts is None:
                 self.counts = torch.zeros_like(image.recover_from)
-            self.counts.scatter_add_(1, image.dropped, torch.full_like(image.dropped, self.uncounted))
+            # Not in place: what was counted under torch.inference_mode may be read, and added to, outside of it.
+            self.counts = self.counts.scatter_add(1, image.dropped, torch.full_like(image.dropped, self.uncounted))
         self.reductions += self.uncounted
         self.uncounted = 0
 
@@ -81,14 +88,28 @@ class Trajectory:
     generator: torch.Generator
     summary: Summary
     sites: dict[str, SiteState]
-    remaining: float = float("inf")  # of the time from noise to data
-    length: float = 0.0  # of the last step in that time
+    times: list[float] = field(default_factory=list[float])  # that were left at its calls, each once
     step: int = -1
     last_matching: int = -1
     matchings: int = 0
     factor: float = 1.0  # of the ratio, until the next Matching step
     elapsed: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
     unread: list[tuple[Tensor, Tensor]] = field(default_factory=list[tuple[Tensor, Tensor]])
+
+    def ends_here(self) -> bool:
+        """Whether this step is the last one, as far as a sampler's times tell.
+
+        With m steps to go, this one included, times of flow matching obey 1/t = a/m + b whatever the shift and the
+        number of steps, so that 1/t grows by (m + 2)/m times as much in this step as in the one before: by 3 in the
+        last one, by 2 in the last but one. Evenly spaced times are the same with b = 0.
+        """
+        if self.times[-1] <= 0:
+            return True
+        if len(self.times) < 3:
+            return len(self.times) == 2 and self.times[1] <= 1.5 * (self.times[0] - self.times[1])
+        unit = 1000.0 if self.times[0] > 1 else 1.0  # some models count a thousand steps
+        earlier, before, now = (unit / time for time in self.times[-3:])
+        return before - earlier > _FINE and now - before > 2.4 * (before - earlier)
 
     def elapsed_since(self, step: int, like: Tensor) -> Tensor:
         """Steps since then, as a tensor: a compiled block must not be compiled anew for each number."""
@@ -107,47 +128,85 @@ class Trajectory:
             self.unread.clear()
 
 
-CallKey = tuple[Any, ...]
-"""What two calls of one trajectory have in common: sizes, dtype, device."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Call:
+    """What is known of a call before it runs.
+
+    Attributes:
+        batch: the number of samples.
+        remaining: see :func:`time_to_data`.
+        latents: what is denoised; the first one's where samples are a list.
+    """
+
+    batch: int
+    remaining: float
+    latents: Tensor
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What calls of one generation have in common, whatever their batch."""
+        return tuple(self.latents.shape[1:]), self.latents.dtype, self.latents.device
 
 
 class ContextState(BaseState):
-    """The trajectories of one cache context, by shape of the call and by its number at its timestep."""
+    """The trajectories of one cache context, by batch and by branch of guidance."""
 
     def __init__(self, settle: Callable[[], None]) -> None:
         self.settle = settle
-        self.trajectories: dict[CallKey, list[Trajectory]] = {}
-        self.calls: dict[CallKey, int] = {}  # at the last timestep
+        self.trajectories: dict[int, list[Trajectory]] = {}
+        self._forget()
+
+    def _forget(self) -> None:
+        self.trajectories.clear()
+        self.latest: dict[int, tuple[Tensor, int]] = {}  # latents and branch of the calls at this time, by batch
         self.remaining = float("inf")
+        self.kind: tuple[Any, ...] | None = None
 
     def reset(self, *args: Any, **kwargs: Any) -> None:
         """Forget pairs and outputs; the record of what happened stays with the root."""
         self.settle()
-        self.trajectories.clear()
-        self.calls.clear()
-        self.remaining = float("inf")
+        self._forget()
 
-    def trajectory(self, key: CallKey, remaining: float, start: Callable[[int], Trajectory]) -> Trajectory:
+    def trajectory(self, call: Call, start: Callable[[int], Trajectory]) -> Trajectory:
         """The one that a call belongs to.
 
-        Time that went back begins a new generation, and so do more calls at one timestep than there can be in one. What
-        is left of earlier generations then goes, other shapes included.
+        Time that goes back, or pictures of another size, begin a new generation, and what is left of earlier ones goes.
+        Of several calls at one timestep,
+
+        * one with the same latents is another branch of guidance;
+        * one whose latents have changed a little is the next step: a two-stage solver's, or one too short for the
+          timestep's precision, as many are at 2048 x 2048 in bfloat16;
+        * one with other latents is a new generation if none has gone further, else another branch (a tile, say).
+
+        A batch of another size is a trajectory of its own in the same generation, as in skip-layer guidance.
         """
-        number = self.calls.get(key, -1) + 1 if remaining == self.remaining else 0
-        if remaining > self.remaining or number == _CALLS_PER_TIMESTEP:
+        if call.remaining > self.remaining or call.kind != self.kind:
             self.reset()
-            number = 0
-        if remaining != self.remaining:
-            self.calls.clear()
-        self.remaining, self.calls[key] = remaining, number
-        found = self.trajectories.setdefault(key, [])
-        if number == len(found):
-            found.append(start(number))
-        current = found[number]
-        if current.remaining < float("inf"):
-            current.length = current.remaining - remaining
-        current.remaining = remaining
+        if call.remaining != self.remaining:
+            self.latest.clear()
+        branch = self._branch(call)
+        self.latest[call.batch] = call.latents.clone(), branch
+        self.remaining, self.kind = call.remaining, call.kind
+        branches = self.trajectories.setdefault(call.batch, [])
+        if branch == len(branches):
+            branches.append(start(branch))
+        current = branches[branch]
+        if current.times[-1:] != [call.remaining]:
+            current.times.append(call.remaining)
         return current
+
+    def _branch(self, call: Call) -> int:
+        if call.batch not in self.latest:
+            return 0
+        latents, branch = self.latest[call.batch]
+        change = float((call.latents.float() - latents.float()).norm() / latents.float().norm().clamp_min(1e-12))
+        if 0 < change < _SAME_PICTURE:
+            return 0
+        is_first_step = self.trajectories[call.batch][0].step == 0
+        if (change > 0 and is_first_step) or branch + 1 == _MOST_BRANCHES:
+            self.reset()
+            return 0
+        return branch + 1
 
 
 def time_to_data(arguments: dict[str, Any]) -> float:
