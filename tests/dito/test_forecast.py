@@ -12,6 +12,7 @@ from diffusers import (
 from torch.utils.flop_counter import FlopCounterMode
 
 from wellposed.dito.adapters import find_blocks
+from wellposed.dito.baselines import tomesd
 from wellposed.dito.config import TokenReductionConfig
 from wellposed.dito.forecast import (
     BlockFlops,
@@ -262,6 +263,19 @@ def test_the_mean_over_a_generation_is_that_of_its_steps():
     assert again.matching_flops == 2 * found.matching_flops
     dense_end = forecast(transformer, TokenReductionConfig(ratio=0.5), height=1024, width=1024, num_inference_steps=28)
     assert (dense_end.steps.match, dense_end.steps.reduce, dense_end.steps.dense) == (7, 20, 1)
+
+
+def test_pairs_of_every_step_cost_at_every_reduced_step():
+    transformer = flux_dev()
+    found = forecast(transformer, tomesd(0.5), height=1024, width=1024, num_inference_steps=10)
+    plain = forecast(transformer, TokenReductionConfig.paper(ratio=0.5), height=1024, width=1024)
+    assert found.reduced_flops == plain.reduced_flops + found.matching_flops
+    assert found.speed_up == pytest.approx(found.dense_flops / found.reduced_flops, rel=1e-12)
+    controlled = tomesd(0.5, dense_steps=FixedInterval(interval=5))
+    mixed = forecast(transformer, controlled, height=1024, width=1024, num_inference_steps=10)
+    assert (mixed.steps.match, mixed.steps.reduce) == (2, 8)
+    expected = interval_speed_up(found.dense_flops, found.reduced_flops, 5)
+    assert mixed.speed_up == pytest.approx(expected, rel=1e-12)
 
 
 def test_flux_at_full_size_without_weights():

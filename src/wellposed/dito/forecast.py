@@ -295,7 +295,9 @@ class Forecast:
     def speed_up(self) -> float:
         """Of the whole generation, dense and Matching steps included."""
         steps = self.steps
-        spent = (steps.dense + steps.match) * self.dense_flops + steps.match * self.matching_flops
+        # With rematch no pairs outlive the step that they were chosen in, and dense steps choose none.
+        matching = 0 if self.config.rematch else steps.match * self.matching_flops
+        spent = (steps.dense + steps.match) * self.dense_flops + matching
         return self.num_inference_steps * self.dense_flops / (spent + steps.reduce * self.reduced_flops)
 
     @property
@@ -453,11 +455,10 @@ class Recommendation:
         return "\n".join([verdict, *(f"  - {reason}" for reason in self.reasons), "", str(self.forecast)])
 
 
-FEW_STEPS = 8
-"""Up to here a Matching step in four is as good as none, and steps cannot be skipped instead."""
-
-LITTLE_GAIN = 1.1
-FEW_ROWS = 1024
+# Rules of thumb, not measurements.
+FEW_STEPS = 8  # up to here neighbouring steps differ too much for an interval of four, or to skip some instead
+LITTLE_GAIN = 1.1  # speed-up by FLOPs, of which time gains less
+FEW_ROWS = 1024  # of a call, in batch and sequence together
 
 
 def recommend(
