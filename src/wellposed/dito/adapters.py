@@ -36,7 +36,7 @@ from diffusers.models.transformers.transformer_z_image import ZImageTransformerB
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from wellposed.dito.attention import AttentionInputs, joint_attention, parallel_attention
+from wellposed.dito.attention import AttentionInputs, check_projection, joint_attention, parallel_attention
 from wellposed.dito.matching import Reduction, TokenCorrespondence, flat_rows
 
 __all__ = ["BlockAdapter", "HostBlock", "Rows", "find_blocks", "supported_blocks"]
@@ -164,8 +164,12 @@ class BlockAdapter(ABC):
         """What ``attn`` returns, with ``given`` in place of its sequence."""
         return joint_attention(attn, replace(given, text=arguments.get("encoder_hidden_states")))
 
-    def check_processor(self, attn: Any) -> None:
+    def check_processor(self, attn: Any, *, keep_kv: bool = False) -> None:
         """Raise for an attention that :meth:`attend` does not agree with.
+
+        Args:
+            attn: the module.
+            keep_kv: whether it is to compute keys for more rows than queries.
 
         Raises:
             ValueError: an unknown processor (IP-Adapter, say), or fused projections.
@@ -261,6 +265,12 @@ class Flux2Single(BlockAdapter):
         """The MLP's rows are the queries'."""
         return parallel_attention(attn, given)
 
+    def check_processor(self, attn: Any, *, keep_kv: bool = False) -> None:
+        """Also for a projection that cannot be computed in parts."""
+        super().check_processor(attn)
+        if keep_kv:
+            check_projection(attn.to_qkv_mlp_proj)
+
 
 class JointBlock(BlockAdapter):
     """SD3: text and image streams, no rotary positions; the joint sequence is image, text.
@@ -313,7 +323,7 @@ class PlainBlock(BlockAdapter):
         """No text in self-attention."""
         return joint_attention(attn, given)
 
-    def check_processor(self, attn: Any) -> None:
+    def check_processor(self, attn: Any, *, keep_kv: bool = False) -> None:
         """Also for what U-Nets add to attention."""
         super().check_processor(attn)
         if attn.residual_connection or attn.rescale_output_factor != 1 or attn.group_norm or attn.spatial_norm:

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["AttentionInputs", "joint_attention", "parallel_attention"]
+__all__ = ["AttentionInputs", "check_projection", "joint_attention", "parallel_attention"]
 
 Rotation = Tensor | tuple[Tensor, Tensor]
 """Rotary tables: (cos, sin) of interleaved pairs, or one complex table; of (rows, dim) or (batch, rows, dim)."""
@@ -92,29 +92,49 @@ def joint_attention(attn: Any, given: AttentionInputs, *, text_first: bool = Tru
 def parallel_attention(attn: Any, given: AttentionInputs) -> Tensor:
     """Attention and MLP whose input projections are one matrix (FLUX.2's single blocks).
 
-    The rows of the matrix are read in parts, so that keys and values are computed for all tokens and queries and the
-    MLP for some.
+    Where queries and keys differ, the rows of the matrix are read in parts, so that keys and values are computed for
+    all tokens and queries and the MLP for some.
 
     Raises:
-        ValueError: a projection that is no plain linear layer, because an adapter or a quantised one has no such rows.
+        ValueError: see :func:`check_projection`.
     """
     projection = attn.to_qkv_mlp_proj
-    if type(projection) is not nn.Linear:
-        raise ValueError(
-            f"this block's queries, keys and MLP are one {type(projection).__name__}, of which only a plain Linear can "
-            "be computed in parts; use keep_kv=False, or fuse the adapter into the weights"
-        )
-    inner = attn.inner_dim
-    parts = [inner, 2 * inner, projection.out_features - 3 * inner]
-    weight = projection.weight.split(parts)
-    bias = (None,) * 3 if projection.bias is None else projection.bias.split(parts)
-    query = functional.linear(given.queries, weight[0], bias[0])
-    key, value = functional.linear(given.keys, weight[1], bias[1]).chunk(2, -1)
-    mlp = attn.mlp_act_fn(functional.linear(given.queries, weight[2], bias[2]))
+    ends = (attn.inner_dim, 3 * attn.inner_dim)
+    if given.keys is given.queries:
+        query, pair, mlp = projection(given.queries).tensor_split(ends, -1)
+    else:
+        check_projection(projection)
+        weight = projection.weight.tensor_split(ends)
+        bias = (None,) * 3 if projection.bias is None else projection.bias.tensor_split(ends)
+        query = functional.linear(given.queries, weight[0], bias[0])
+        pair = functional.linear(given.keys, weight[1], bias[1])
+        mlp = functional.linear(given.queries, weight[2], bias[2])
+    key, value = pair.chunk(2, -1)
+    mlp = attn.mlp_act_fn(mlp)
     query = rotate(_heads(query, attn.head_dim, attn.norm_q), given.query_rotation)
     key = rotate(_heads(key, attn.head_dim, attn.norm_k), given.key_rotation)
     attended = _attend(attn, query, key, _heads(value, attn.head_dim, None), given.mask, given.key_bias)
     return attn.to_out(torch.cat([attended, mlp], -1))
+
+
+def check_projection(projection: Any) -> None:
+    """Raise for a layer whose weights cannot be read in parts.
+
+    Raises:
+        ValueError: an adapter or a quantised layer, which has no such rows; weights that are recast or brought to the
+            device only when the layer is called.
+    """
+    hooks = getattr(getattr(projection, "_diffusers_hook", None), "hooks", {})
+    if type(projection) is not nn.Linear:
+        reason = f"one {type(projection).__name__}, of which only a plain Linear can be computed in parts"
+    elif hooks or hasattr(projection, "_hf_hook"):
+        reason = "one Linear whose weights are recast or moved when it is called, so that they cannot be read in parts"
+    else:
+        return
+    raise ValueError(
+        f"this block's queries, keys and MLP are {reason}; use keep_kv=False, or fuse adapters into the weights and "
+        "leave casting and offloading by layers away"
+    )
 
 
 def rotate(x: Float[Tensor, "batch rows heads dim"], table: Rotation | None) -> Float[Tensor, "batch rows heads dim"]:

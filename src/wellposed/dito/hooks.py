@@ -15,7 +15,7 @@ from diffusers.hooks.hooks import CacheContext, StateManager
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from wellposed.dito.adapters import HostBlock, find_blocks
+from wellposed.dito.adapters import HostBlock, find_blocks, supported_blocks
 from wellposed.dito.config import TokenReductionConfig
 from wellposed.dito.geometry import token_grid
 from wellposed.dito.matching import TokenWindows
@@ -56,6 +56,10 @@ SITE_HOOK = "token_reduction_site"
 ATTENTION_HOOK = "token_reduction_attention"
 ENTRY_HOOK = "token_reduction_entry"
 
+# Hooks inside of a site that replace a forward and do not mind how many rows it has: ours, and that of adapters under
+# layerwise casting.
+_HARMLESS_HOOKS = (ATTENTION_HOOK, "peft_autocast_disable")
+
 
 def apply_token_reduction(
     model: Any, config: TokenReductionConfig | None = None, *, observer: Observer | None = None
@@ -83,9 +87,10 @@ def apply_token_reduction(
     config = TokenReductionConfig() if config is None else config
     transformer = _transformer_of(model)
     blocks = find_blocks(transformer)
-    unknown = sorted(set(config.block_ratios) - {block.name for block in blocks})
-    if unknown:
-        raise ValueError(f"block_ratios names {', '.join(unknown)}; the blocks are {_listed(blocks)}")
+    for field in ("block_ratios", "block_reductions"):
+        unknown = sorted(set(getattr(config, field)) - {block.name for block in blocks})
+        if unknown:
+            raise ValueError(f"{field} names {', '.join(unknown)}; the blocks are {_listed(blocks)}")
     _refuse_occupied(transformer)
     hosts = [block for block in blocks if config.ratio_of(block.name) > 0]
     root = _RootHook(transformer, config, hosts, observer)
@@ -248,8 +253,8 @@ class _RootHook(ModelHook):
             unregister_hook(site.module, SITE_HOOK)
         for module, name, _ in self.helpers:
             unregister_hook(module, name)
-        unregister_hook(self.transformer, ROOT_HOOK)
         HookRegistry.check_if_exists_or_initialize(self.transformer).invalidate_child_registries_cache()
+        unregister_hook(self.transformer, ROOT_HOOK)
         self.state_manager.reset()
         self.is_installed = False
 
@@ -373,7 +378,7 @@ class _RootHook(ModelHook):
         if self.config.keep_kv or self.config.proportional_attention:
             for site in self.sites:
                 for _, attn in site.host.attentions():
-                    site.host.adapter.check_processor(attn)
+                    site.host.adapter.check_processor(attn, keep_kv=self.config.keep_kv)
 
     @outside_graph
     def settle(self) -> None:
@@ -402,12 +407,10 @@ def _refuse_inner_hooks(site: Site) -> None:
     names = list(hooks_of(site.module))
     before = names[: names.index(SITE_HOOK)] if SITE_HOOK in names else names
     inner = [name for name in before if _replaces_forward(site.module, name)]
-    advice = ""
-    if isinstance(site, BlockSite):
-        advice = '; a cache of attention outputs inside a block needs scope="attn"'
-        for module in site.module.modules():
-            others = () if module is site.module else hooks_of(module)
-            inner += [name for name in others if name != ATTENTION_HOOK and _replaces_forward(module, name)]
+    advice = '; a cache of attention outputs inside a block needs scope="attn"' if isinstance(site, BlockSite) else ""
+    for module in site.module.modules():
+        others = () if module is site.module else hooks_of(module)
+        inner += [name for name in others if name not in _HARMLESS_HOOKS and _replaces_forward(module, name)]
     if inner:
         raise ValueError(
             f"{site.name} has the hook {', '.join(inner)} inside of token reduction, which would meet shortened "
@@ -448,7 +451,7 @@ def _transformer_of(model: Any) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ValueError(
             f"{type(model).__name__} is neither a transformer nor a pipeline with one; token reduction takes a "
-            "pipeline such as FluxPipeline, or its transformer"
+            f"pipeline such as FluxPipeline, or its transformer, with blocks of {', '.join(supported_blocks())}"
         )
     return model
 

@@ -63,3 +63,5 @@ def unregister_hook(module: nn.Module, name: str) -> None:
     del registry.hooks[name]
     registry._hook_order.pop(index)
     registry._fn_refs.pop(index)
+    if not registry.hooks:
+        del module._diffusers_hook  # made anew by whoever needs one

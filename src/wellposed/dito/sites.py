@@ -212,7 +212,8 @@ class Site(ModelHook):
         windows = trajectory.windows
         text = arguments.get(self.host.adapter.text) if self.host.adapter.text else None
         num_text = x.shape[1] - windows.num_tokens + (text.shape[1] if isinstance(text, Tensor) else 0)
-        ratio = self.ratio * trajectory.factor
+        # Steps that are skipped because pairs do not persist need pairs all the same, to see when they do.
+        ratio = self.ratio * (trajectory.factor or 1.0)
         k = num_reduced_tokens(windows.num_tokens, windows.num_sources, num_text, ratio, config.round_to)
         if k == 0:
             state.rows = state.offset = state.slope = None
@@ -335,12 +336,11 @@ class AttentionSite(Site):
             if mask_name and mask is not None:
                 changed[mask_name] = mask.gather(1, rows.tokens.keep)
             output = forward(**changed)
+        offset = self._offset()
         if not isinstance(output, tuple):
-            return self._recovered(rows, output, self._offset())
+            return self._recovered(rows, output, offset)
         return tuple(
-            part
-            if index not in adapter.image_outputs
-            else self._recovered(rows, part, None if index else self.state.offset)
+            part if index not in adapter.image_outputs else self._recovered(rows, part, None if index else offset)
             for index, part in enumerate(output)
         )
 
@@ -387,7 +387,7 @@ class BlockSite(Site):
 
     def reduced(self, forward: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         """The block on fewer rows."""
-        config, adapter, rows = self.config, self.host.adapter, self.state.rows
+        adapter, rows = self.host.adapter, self.state.rows
         assert rows is not None
         x = arguments[self.image_argument]
         x_reduced = rows.reduce(x, self.reduction)
@@ -397,10 +397,10 @@ class BlockSite(Site):
                 changed[name] = arguments[name].gather(1, rows.tokens.keep)
         rotation = arguments.get(adapter.rotation) if adapter.rotation else None
         if self._needs_own_attention(x.shape[0]):
-            keys = adapter.attention_inputs(self.module, arguments) if config.keep_kv else [None] * len(self.attentions)
             mask = arguments.get(adapter.key_masks[0]) if adapter.key_masks else None
-            for hook, states in zip(self.attentions, keys, strict=True):
-                hook.given = functools.partial(self._attention_given, states, rotation, mask)
+            keys: list[Tensor] = []
+            for index, hook in enumerate(self.attentions):
+                hook.given = functools.partial(self._attention_given, index, keys, arguments, rotation, mask)
         elif adapter.rotation:
             changed[adapter.rotation] = adapter.rotation_rows(rows.image, rotation)
         try:
@@ -413,10 +413,17 @@ class BlockSite(Site):
             return z
         return tuple(z if index == self.image_output else part for index, part in enumerate(output))
 
-    def _attention_given(self, keys: Tensor | None, rotation: Any, mask: Any, queries: Tensor) -> AttentionInputs:
-        """The attention's rows are the block's, with the text before them in single-stream blocks."""
+    def _attention_given(
+        self, index: int, keys: list[Tensor], arguments: dict[str, Any], rotation: Any, mask: Any, queries: Tensor
+    ) -> AttentionInputs:
+        """The attention's rows are the block's, with the text before them in single-stream blocks.
+
+        Asked from within the block's forward, where offloading has brought the block's own weights to the device.
+        """
         assert self.state.rows is not None
-        given = self._given(keys, queries, rotation, mask)
+        if self.config.keep_kv and not keys:
+            keys += self.host.adapter.attention_inputs(self.module, arguments)
+        given = self._given(keys[index] if keys else None, queries, rotation, mask)
         num_text = queries.shape[1] - self.state.rows.tokens.num_kept
         if given.key_bias is not None and num_text:
             given = replace(given, key_bias=nn.functional.pad(given.key_bias, (num_text, 0)))
