@@ -121,6 +121,7 @@ class BlockAdapter(ABC):
         key_masks: the block's and the attention's argument that masks rows of the image stream as keys, or None.
         text: the block's argument with a text stream of its own, or None.
         image_outputs: which of the attention's outputs have a row for each row of its input.
+        is_parallel: whether attention and MLP are one module.
         processors: attention processors that :meth:`attend` agrees with.
     """
 
@@ -130,6 +131,7 @@ class BlockAdapter(ABC):
     key_masks: tuple[str, str] | None = None
     text: str | None = "encoder_hidden_states"
     image_outputs: tuple[int, ...] = (0,)
+    is_parallel: bool = False
     processors: tuple[type, ...] = ()
 
     def block_start(self, rows: int, num_tokens: int) -> int:
@@ -174,11 +176,12 @@ class BlockAdapter(ABC):
         Raises:
             ValueError: an unknown processor (IP-Adapter, say), or fused projections.
         """
-        if type(attn.processor) not in self.processors:
+        processor = getattr(attn.processor, "inner", attn.processor)  # of a substitute of ours
+        if type(processor) not in self.processors:
             known = ", ".join(kind.__name__ for kind in self.processors)
             raise ValueError(
                 f"keep_kv, proportional_attention and rotary positions in a batch need attention by {known}; "
-                f"this model has {type(attn.processor).__name__}. Unload the IP-Adapter or custom processor, or use "
+                f"this model has {type(processor).__name__}. Unload the IP-Adapter or custom processor, or use "
                 "keep_kv=False with one image at a time"
             )
         if getattr(attn, "fused_projections", False):
@@ -241,6 +244,7 @@ class Flux2Single(BlockAdapter):
 
     rotation = "image_rotary_emb"
     text = None
+    is_parallel = True
     processors = (Flux2ParallelSelfAttnProcessor, Flux2KVParallelSelfAttnProcessor)
 
     def block_start(self, rows: int, num_tokens: int) -> int:

@@ -22,7 +22,6 @@ from wellposed.dito.matching import TokenWindows
 from wellposed.dito.registry import heal_hook, hooks_of, register_hook, unregister_hook
 from wellposed.dito.schedule import Measurement
 from wellposed.dito.sites import (
-    AttentionHook,
     AttentionSite,
     BlockSite,
     EntryHook,
@@ -53,12 +52,11 @@ __all__ = [
 
 ROOT_HOOK = "token_reduction"
 SITE_HOOK = "token_reduction_site"
-ATTENTION_HOOK = "token_reduction_attention"
 ENTRY_HOOK = "token_reduction_entry"
 
 # Hooks inside of a site that replace a forward and do not mind how many rows it has: ours, and that of adapters under
 # layerwise casting.
-_HARMLESS_HOOKS = (ATTENTION_HOOK, "peft_autocast_disable")
+_HARMLESS_HOOKS = ("peft_autocast_disable",)
 
 
 def apply_token_reduction(
@@ -214,10 +212,9 @@ class _RootHook(ModelHook):
     def _plan_host(self, host: HostBlock) -> None:
         config = self.config
         attentions = host.attentions()
-        helpers = [AttentionHook(host) for _ in attentions]
         if config.scope == "block":
-            self.sites.append(BlockSite(config, host, host.name, host.module, self.observer, helpers))
-            self.helpers += [(m, ATTENTION_HOOK, h) for (_, m), h in zip(attentions, helpers, strict=True)]
+            modules = [module for _, module in attentions]
+            self.sites.append(BlockSite(config, host, host.name, host.module, self.observer, modules))
             return
         entry = EntryHook(host)
         for name, module in attentions:
@@ -251,6 +248,8 @@ class _RootHook(ModelHook):
         self.handle.remove()
         for site in self.sites:
             unregister_hook(site.module, SITE_HOOK)
+            if isinstance(site, BlockSite):
+                site.restore_processors()
         for module, name, _ in self.helpers:
             unregister_hook(module, name)
         HookRegistry.check_if_exists_or_initialize(self.transformer).invalidate_child_registries_cache()
@@ -331,6 +330,8 @@ class _RootHook(ModelHook):
         for site in self.sites:
             heal_hook(site)
             _refuse_inner_hooks(site)
+            if isinstance(site, BlockSite):
+                site.substitute_processors()
         if arguments.get("kv_cache_mode") is not None:
             raise ValueError("cached keys of reference images are not supported by token reduction")
         config = getattr(self.transformer, "config", {})

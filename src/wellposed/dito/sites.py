@@ -27,10 +27,10 @@ from wellposed.dito.matching import (
     pair_match_ratio,
     recovery_error,
 )
+from wellposed.dito.processors import SubstituteProcessor, processor_of, substitute
 from wellposed.dito.trajectory import Mode, SiteState, Trajectory
 
 __all__ = [
-    "AttentionHook",
     "AttentionSite",
     "BlockSite",
     "EntryHook",
@@ -361,7 +361,7 @@ class BlockSite(Site):
         name: str,
         module: nn.Module,
         observer: Observer | None,
-        attentions: list["AttentionHook"],
+        attentions: list[Any],
     ) -> None:
         super().__init__(config, host, name, module, observer)
         self.attentions = attentions
@@ -399,19 +399,38 @@ class BlockSite(Site):
         if self._needs_own_attention(x.shape[0]):
             mask = arguments.get(adapter.key_masks[0]) if adapter.key_masks else None
             keys: list[Tensor] = []
-            for index, hook in enumerate(self.attentions):
-                hook.given = functools.partial(self._attention_given, index, keys, arguments, rotation, mask)
+            for index, attn in enumerate(self.attentions):
+                adapter.check_processor(attn)
+                attn.processor.given = functools.partial(self._attention_given, index, keys, arguments, rotation, mask)
         elif adapter.rotation:
             changed[adapter.rotation] = adapter.rotation_rows(rows.image, rotation)
         try:
             output = forward(**changed)
         finally:
-            for hook in self.attentions:
-                hook.given = None
+            self.release()
         z = self._recovered(rows, x, x_reduced, self._image(output))
         if self.image_output is None:
             return z
         return tuple(z if index == self.image_output else part for index, part in enumerate(output))
+
+    def release(self) -> None:
+        """Let the attention's processors do what they always do."""
+        for attn in self.attentions:
+            if isinstance(attn.processor, SubstituteProcessor):
+                attn.processor.given = None
+
+    def substitute_processors(self) -> None:
+        """Where the attention may have to be given other keys or positions, and can be."""
+        config, adapter = self.config, self.host.adapter
+        if config.keep_kv or config.proportional_attention or adapter.rotation is not None:
+            for attn in self.attentions:
+                if type(processor_of(attn)) in adapter.processors:
+                    substitute(attn, adapter)
+
+    def restore_processors(self) -> None:
+        """Those that the attention had."""
+        for attn in self.attentions:
+            attn.processor = processor_of(attn)
 
     def _attention_given(
         self, index: int, keys: list[Tensor], arguments: dict[str, Any], rotation: Any, mask: Any, queries: Tensor
@@ -440,23 +459,6 @@ class BlockSite(Site):
         if added is not None:
             z.flatten(0, 1).index_add_(0, rows.dropped_rows, added)
         return z
-
-
-class AttentionHook(ModelHook):
-    """Scope "block": lets the block's attention see other keys and positions than its queries'."""
-
-    def __init__(self, host: HostBlock) -> None:
-        super().__init__()
-        self.host = host
-        self.given: Callable[[Tensor], AttentionInputs] | None = None
-
-    def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
-        """As the module, unless the block has said otherwise."""
-        if self.given is None:
-            return cast(Any, self.fn_ref.original_forward)(*args, **kwargs)
-        arguments = {**({"hidden_states": args[0]} if args else {}), **kwargs}
-        self.host.adapter.check_processor(module)
-        return self.host.adapter.attend(module, arguments, self.given(arguments["hidden_states"]))
 
 
 class EntryHook(ModelHook):
