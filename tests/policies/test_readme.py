@@ -5,6 +5,7 @@ place, with a network small enough for a test. A new name in the README needs a 
 """
 
 import re
+import runpy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,9 +52,18 @@ def udm_tiny() -> DiffusionPipeline:
     )
 
 
+def flux() -> DiffusionPipeline:
+    example = runpy.run_path(str(README.parent / "examples" / "dito_flux.py"))
+    pipe = example["tiny_flux"]()
+    pipe.default_sample_size = 8  # pictures of 64 pixels where none are asked for
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 STAND_INS: dict[str, Callable[[], DiffusionPipeline]] = {
     "google/ddpm-cifar10-32": ddpm_cifar10,
     "runs/udm_tiny/pipeline": udm_tiny,
+    "black-forest-labs/FLUX.1-dev": flux,
 }
 
 
@@ -70,6 +80,7 @@ def tiny_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         return pipeline
 
     monkeypatch.setattr(DiffusionPipeline, "from_pretrained", classmethod(from_pretrained))
+    monkeypatch.setattr(DiffusionPipeline, "to", lambda self, *_, **__: self)  # there may be no GPU
 
 
 def test_there_are_snippets() -> None:
