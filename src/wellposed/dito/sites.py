@@ -8,7 +8,7 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import torch
@@ -264,7 +264,10 @@ class Site(ModelHook):
         rows = self.state.rows
         assert rows is not None
         turned = self.host.adapter.rotation_rows(rows.image, rotation)
-        bias = rows.tokens.sizes().to(queries.dtype).log() if self.config.proportional_attention else None
+        bias = None
+        if self.config.proportional_attention:
+            sizes = rows.tokens.sizes().to(queries.dtype)
+            bias = nn.functional.pad(sizes.log(), (queries.shape[1] - sizes.shape[1], 0))  # text may come before
         if keys is None and mask is not None:
             mask = mask.gather(1, rows.tokens.keep)
         return AttentionInputs(
@@ -442,11 +445,7 @@ class BlockSite(Site):
         assert self.state.rows is not None
         if self.config.keep_kv and not keys:
             keys += self.host.adapter.attention_inputs(self.module, arguments)
-        given = self._given(keys[index] if keys else None, queries, rotation, mask)
-        num_text = queries.shape[1] - self.state.rows.tokens.num_kept
-        if given.key_bias is not None and num_text:
-            given = replace(given, key_bias=nn.functional.pad(given.key_bias, (num_text, 0)))
-        return given
+        return self._given(keys[index] if keys else None, queries, rotation, mask)
 
     def _recovered(self, rows: Rows, x: Tensor, x_reduced: Tensor, output: Tensor) -> Tensor:
         if self.reduction == "prune":
