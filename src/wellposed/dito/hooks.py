@@ -204,7 +204,8 @@ class _RootHook(ModelHook):
         self.active: Trajectory | None = None
         self.calls = 0
         self.checked_step = False
-        self.handle: Any = None
+        self.handles: list[Any] = []
+        self.is_running = False
         self.is_installed = False
         for host in hosts:
             self._plan_host(host)
@@ -235,7 +236,10 @@ class _RootHook(ModelHook):
             register_hook(module, name, hook)
         # The decision is made in a hook of torch's, because offloading puts another forward in place of the model's
         # after every generation; the registry's part is to carry contexts and resets here.
-        self.handle = self.transformer.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        self.handles = [
+            self.transformer.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            self.transformer.register_forward_hook(self._after_forward),
+        ]
         register_hook(self.transformer, ROOT_HOOK, self)
         HookRegistry.check_if_exists_or_initialize(self.transformer).invalidate_child_registries_cache()
         self.is_installed = True
@@ -245,7 +249,8 @@ class _RootHook(ModelHook):
         if not self.is_installed:
             return
         self.settle()
-        self.handle.remove()
+        for handle in self.handles:
+            handle.remove()
         for site in self.sites:
             unregister_hook(site.module, SITE_HOOK)
             if isinstance(site, BlockSite):
@@ -273,6 +278,10 @@ class _RootHook(ModelHook):
                 "token reduction is for sampling: a reduced step's gradient would be that of another function. Call "
                 "the model under torch.no_grad(), or take token reduction off with remove_token_reduction"
             )
+        if self.is_running:  # the last call never came to its end: some sites have its pairs, others older ones
+            for state in self.state_manager._state_cache.values():
+                state.reset()
+            self.remaining = float("-inf")
         self.settle()
         arguments = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
         trajectory = self._trajectory(arguments)
@@ -288,6 +297,11 @@ class _RootHook(ModelHook):
         for site in self.sites:
             heal_hook(site)
             site.publish(trajectory, mode)
+        self.is_running = True
+
+    @outside_graph
+    def _after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.is_running = False
 
     def _trajectory(self, arguments: dict[str, Any]) -> Trajectory:
         manager = self.state_manager
