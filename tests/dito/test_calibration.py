@@ -207,7 +207,7 @@ def test_the_grid_has_every_combination_once():
     grid = setting_grid(ratios=(0.25, 0.5), intervals=(2, 4), block_ratios=({}, {"a": 0.0}), seed=5)
     assert len(grid) == 2 * 2 * 2 * 2 * 2
     assert len({str(config) for config in grid}) == len(grid)
-    assert all(config.seed == 5 and config.recovery == ("delta" if config.keep_kv else "copy") for config in grid)
+    assert all(config.seed == 5 and config.recovery == ("linear" if config.keep_kv else "copy") for config in grid)
     both = setting_grid(ratios=(0.5,), scopes=("block",), keep_kv=(True,), recoveries=("copy", "delta"), intervals=(4,))
     assert [config.recovery for config in both] == ["copy", "delta"]
 
@@ -216,7 +216,7 @@ def test_labels_tell_settings_apart():
     grid = setting_grid(block_ratios=({}, {"a": 0.0}))
     labels = {TriedSetting(config=config, speedup=1.0, psnr=None).label for config in grid}
     assert len(labels) == len(grid)
-    assert "ratio 0.25 | block | dense K/V | delta | every 2 | a 0" in labels
+    assert "ratio 0.25 | block | dense K/V | linear | every 2 | a 0" in labels
 
 
 def test_a_pipeline_is_calibrated(pipe):

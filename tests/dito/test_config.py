@@ -21,7 +21,7 @@ from wellposed.dito.schedule import FixedInterval
         ({"block_ratios": {"blocks.3": 0.9}}, r"blocks.3 is 0.9; it is a share"),
         ({"proportional_attention": True}, r"keep_kv reduces none; choose one"),
         ({"rematch": True, "recovery": "copy"}, r'rematch=True matches before the module runs, .* metric="input"'),
-        ({"rematch": True, "metric": "input"}, r'recovery="delta" needs the pairs .* with rematch=True use "copy"'),
+        ({"rematch": True, "metric": "input"}, r'recovery="linear" needs the pairs .* with rematch=True use "copy"'),
         ({"schedule": None}, r"schedule=None reuses the first pairs for ever; give a schedule, or rematch=True"),
         ({"warmup_steps": 0}, r"warmup_steps is 0 .* \(warmup_steps >= 1\)"),
         ({"warmup_steps": -1, "rematch": True, "metric": "input", "recovery": "copy"}, r"warmup_steps is -1"),

@@ -61,7 +61,7 @@ class TokenReductionConfig:
     ratio: float = 0.5
     scope: Scope = "block"
     keep_kv: bool = True
-    recovery: Recovery = "delta"
+    recovery: Recovery = "linear"
     reduction: Reduction = "prune"
     proportional_attention: bool = False
     schedule: MatchingSchedule | None = field(default_factory=FixedInterval)

@@ -181,7 +181,7 @@ def reduction_contenders(
 
     ======================  ========================================================================================
     ours                    ``paper`` (copies, reduced keys), the same with log-size bias, with dense K/V, and with
-                            dense K/V and delta recovery: ``default``
+                            dense K/V, linear recovery and a dense last step: ``default``
     published               ToMeSD, ToFu, SiTo, ToMA and random pairs: no dense step, pairs chosen anew in every step
     dense steps             the same with the dense steps that ours has: equal compute
     criterion               the same again with pairs chosen by output, the one thing changed
@@ -227,7 +227,7 @@ def reduction_contenders(
         Contender(name="dense K/V", family="ours", reduction=replace(plain, keep_kv=True)),
         Contender(name="default", family="ours", reduction=best),
         Contender(name="default, end reduced", family="ours", reduction=replace(best, end_dense_steps=0)),
-        Contender(name="default, linear", family="ours", reduction=replace(best, recovery="linear")),
+        Contender(name="default, delta", family="ours", reduction=replace(best, recovery="delta")),
         *(Contender(name=name, family="published", reduction=config) for name, config in published.items()),
         *(
             Contender(name=f"{name} + dense steps", family="dense steps", reduction=config)
