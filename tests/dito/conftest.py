@@ -1,6 +1,6 @@
 """Tiny real transformers of every supported family, a call of each, and pipelines around them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -76,8 +76,7 @@ def _drifting(progress: float, *shape: int) -> Tensor:
 
 
 def _ids() -> Tensor:
-    grid = torch.cartesian_prod(torch.zeros(1), torch.arange(ROWS).float(), torch.arange(COLUMNS).float())
-    return grid
+    return torch.cartesian_prod(torch.zeros(1), torch.arange(ROWS).float(), torch.arange(COLUMNS).float())
 
 
 def flux() -> Host:
@@ -328,6 +327,25 @@ def of_equal_windows(host: Host) -> Host:
     return replace(host, arguments=arguments)
 
 
+def in_precision(host: Host, dtype: torch.dtype) -> Host:
+    """The same model and calls in another precision; positions stay as they are."""
+    for parameter in host.model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    for buffer in host.model.buffers():
+        buffer.data = buffer.data.to(dtype)
+
+    def cast(value: Any) -> Any:
+        if isinstance(value, list) and isinstance(value[0], Tensor):
+            return [cast(one) for one in value]
+        is_real = isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 1
+        return value.to(dtype) if is_real and value.shape[-1] != 3 else value
+
+    def arguments(progress: float, batch: int) -> dict[str, Any]:
+        return {name: cast(value) for name, value in host.arguments(progress, batch).items()}
+
+    return replace(host, arguments=arguments)
+
+
 def _repeated(latents: Tensor) -> Tensor:
     """Latents of 2 x 2 to a token."""
     rows, columns = (torch.arange(size) // 4 * 4 + torch.arange(size) % 2 for size in latents.shape[-2:])
@@ -335,11 +353,10 @@ def _repeated(latents: Tensor) -> Tensor:
 
 
 @pytest.fixture
-def own_clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def own_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every call is later than the last one, whatever timestep the model is told."""
     clock = iter(range(1000, 0, -1))
     monkeypatch.setattr("wellposed.dito.hooks.time_to_data", lambda arguments: float(next(clock)))
-    yield
 
 
 # --- pipelines
@@ -535,6 +552,7 @@ def tiny() -> SimpleNamespace:
         keeps_all=KeepsAll,
         without_positions=without_positions,
         of_equal_windows=of_equal_windows,
+        in_precision=in_precision,
         rows=ROWS,
         columns=COLUMNS,
         tokens=TOKENS,
