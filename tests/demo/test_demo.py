@@ -23,6 +23,13 @@ TINY = DemoSettings(
     text_temperatures=(0.8, 1.0),
     text_evaluations=4,
     text_samples=8,
+    reduction_training_steps=2,
+    reduction_steps=8,
+    reduction_images=1,
+    reduction_ratios=(0.5,),
+    reduction_shorter=(4,),
+    reduction_cache_thresholds=(0.1,),
+    reduction_penalties=(0.0, 0.3),
 )
 
 
@@ -35,7 +42,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_page_has_every_section_and_the_measured_numbers(folder: Path) -> None:
     page = (folder / "index.html").read_text(encoding="utf-8")
-    for section in ("rates", "samples", "cost", "depth", "guidance", "published", "tokens", "gap", "frontier", "texts"):
+    lgs = ("rates", "samples", "cost", "depth", "guidance", "published")
+    for section in (*lgs, "tokens", "gap", "frontier", "texts", "skipping", "place", "persistence", "penalty"):
         assert f'id="{section}"' in page
     outcomes = json.loads((folder / "covariances" / "record.json").read_text())["metrics"]["outcomes"]
     assert {row["steps"] for row in outcomes} == {2, 3, 4}
@@ -53,6 +61,33 @@ def test_the_exact_bound_is_the_entropy_and_the_misread_denoiser_misses_the_data
     assert abs(metrics["bound"]["leave_one_out"] - metrics["entropy"]) < 1e-6
     assert metrics["bound"]["denoiser"] > metrics["entropy"] + 0.5
     assert metrics["distance"]["udm_loo"][-1] < 0.05 < metrics["distance"]["udm_misread"][-1]
+
+
+def test_every_way_to_skip_work_is_compared_with_the_dense_images(folder: Path) -> None:
+    rows = json.loads((folder / "reduction" / "record.json").read_text())["metrics"]["outcomes"]
+    by_name = {row["name"]: row for row in rows}
+    assert set(by_name) == {
+        *("dense", "default", "dense K/V", "paper", "tomesd", "sito", "toma", "random", "cache + default"),
+        *("tomesd + dense steps", "sito + dense steps", "toma + dense steps", "4 steps", "cache 0.1"),
+    }
+    assert all(row["flops"] < 1 for name, row in by_name.items() if not name.startswith(("dense", "cache")))
+    assert by_name["4 steps"]["flops"] == pytest.approx(4 / 8)
+    # Controls cost what ours does, and time is not measured for them.
+    assert by_name["tomesd + dense steps"]["flops"] > by_name["tomesd"]["flops"]
+    assert [name for name, row in by_name.items() if row["latency"] is None] == [
+        "dense",
+        *(name for name in by_name if name.endswith("dense steps")),
+    ]
+
+
+def test_both_scopes_are_watched_and_a_penalty_spreads_drops(folder: Path) -> None:
+    outputs = json.loads((folder / "outputs" / "record.json").read_text())["metrics"]
+    assert set(outputs) == {"attn", "block"}
+    assert all(watched["num_steps"] == 8 and len(watched["sites"]) == 5 for watched in outputs.values())
+    penalty = json.loads((folder / "penalty" / "record.json").read_text())["metrics"]
+    for rows in penalty.values():
+        assert [row["penalty"] for row in rows] == [0.0, 0.3]
+        assert rows[1]["gini"] < rows[0]["gini"]
 
 
 def test_running_again_computes_nothing_and_writes_the_same_page(folder: Path) -> None:

@@ -7,7 +7,7 @@ __all__ = ["DemoSettings"]
 
 @dataclass(frozen=True, kw_only=True)
 class DemoSettings:
-    """Sizes of the demo's experiments; the defaults take about twelve minutes on two cores.
+    """Sizes of the demo's experiments; the defaults take about fifteen minutes on two cores.
 
     Attributes:
         training_steps: of the digits' U-Net.
@@ -27,6 +27,13 @@ class DemoSettings:
         text_temperatures: at which they are sampled.
         text_evaluations: network evaluations of a text.
         text_samples: texts for each generative perplexity.
+        reduction_training_steps: of the transformer whose tokens are reduced.
+        reduction_steps: of its sampling.
+        reduction_images: drawn with each way to sample.
+        reduction_ratios: shares of the tokens that are left out.
+        reduction_shorter: numbers of steps to compare with.
+        reduction_cache_thresholds: of FirstBlockCache.
+        reduction_penalties: coefficients of the frequency penalty.
     """
 
     training_steps: int = 1000
@@ -46,3 +53,10 @@ class DemoSettings:
     text_temperatures: tuple[float, ...] = (0.8, 0.9, 1.0)
     text_evaluations: int = 16
     text_samples: int = 64
+    reduction_training_steps: int = 200
+    reduction_steps: int = 20
+    reduction_images: int = 6
+    reduction_ratios: tuple[float, ...] = (0.25, 0.5)
+    reduction_shorter: tuple[int, ...] = (16, 13, 10)
+    reduction_cache_thresholds: tuple[float, ...] = (0.1, 0.2)
+    reduction_penalties: tuple[float, ...] = (0.0, 0.05, 0.3)

@@ -118,8 +118,8 @@ def setting_grid(
         ratios: shares of the image tokens.
         scopes: "attn" or "block".
         keep_kv: whether all keys and values are computed.
-        recoveries: "copy" or "delta". By default "delta" with dense keys, where it helps much, and "copy" with reduced
-            ones, where it helps little and costs memory all the same.
+        recoveries: "copy", "delta" or "linear". By default that of ``TokenReductionConfig`` with dense keys, and "copy"
+            with reduced ones, where the others help little and cost memory all the same.
         intervals: one dense step in so many.
         block_ratios: other ratios for some blocks, ``{"transformer_blocks.0": 0}`` to leave that one alone.
         **fields: of all configs alike.
@@ -137,7 +137,7 @@ def setting_grid(
         for scope, dense_keys, ratio, interval, blocks in itertools.product(
             scopes, keep_kv, ratios, intervals, block_ratios
         )
-        for recovery in recoveries or (("delta",) if dense_keys else ("copy",))
+        for recovery in recoveries or ((TokenReductionConfig.recovery,) if dense_keys else ("copy",))
     ]
 
 

@@ -244,6 +244,7 @@ def observe_outputs(
         keep_kv=False,
         recovery="copy",
         schedule=FixedInterval(interval=1),
+        end_dense_steps=0,
         window=window,
         round_to=1,
         seed=seed,

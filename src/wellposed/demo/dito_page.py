@@ -1,0 +1,459 @@
+"""The room dito on the demo page."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from wellposed.demo.dito import CONTROLS, PICTURED, SCOPES, STYLES, picture_file
+from wellposed.demo.settings import DemoSettings
+from wellposed.report.page import Callout, Column, Figure, Grid, Number, Section, Table
+from wellposed.report.pictures import read_png
+from wellposed.report.plots import Series, draw, lines, scatter
+from wellposed.report.styles import method_style
+
+__all__ = ["dito_numbers", "dito_sections"]
+
+Row = Mapping[str, Any]
+
+GAP_STYLES = ("dito", "dito_dense_kv", "dito_paper", "dito_paper_bias")
+
+
+def dito_numbers(reduction: Mapping[str, Any], outputs: Mapping[str, Any]) -> tuple[Number, ...]:
+    """Two figures to begin with."""
+    at = _at_largest_ratio(reduction)
+    watched = outputs["block"]
+    return (
+        Number(
+            value=f"{_psnr(at['default']):.1f} dB",
+            label=f"to the dense image, with {at['default']['ratio']:.0%} of the tokens skipped between dense steps",
+            note=f"ToMeSD, as published: {_psnr(at['tomesd']):.1f} dB",
+        ),
+        Number(
+            value=f"{_mean(watched['persistence'][0]):.3f}",
+            label="correlation of output similarities between neighbouring steps",
+            note=f"between input and output of one step: {_mean(watched['input_output_correlation']):.2f}",
+        ),
+    )
+
+
+def dito_sections(
+    reduction: Mapping[str, Any],
+    outputs: Mapping[str, Any],
+    penalty: Mapping[str, Any],
+    folder: Path,
+    settings: DemoSettings,
+) -> tuple[Section, ...]:
+    """Every section of the room, in reading order."""
+    return (
+        _fidelity(reduction, folder, settings),
+        _honest_place(reduction, settings),
+        _persistence(outputs, settings),
+        _blocking(penalty, folder, settings),
+    )
+
+
+def _fidelity(reduction: Mapping[str, Any], folder: Path, settings: DemoSettings) -> Section:
+    at = _at_largest_ratio(reduction)
+    ratio = max(settings.reduction_ratios)
+    grid = Grid(
+        cells=tuple((read_png(folder / "reduction" / picture_file(name)),) for name in PICTURED),
+        row_labels=tuple(_label(name) for name in PICTURED),
+        column_labels=(f"{ratio:.0%} of the tokens dropped",),
+        caption=(
+            "The same noise, the same network; none is picked. Ours and our reading of the paper have one dense step "
+            "in four, the methods as published have none: the table below also has those with the same dense steps."
+        ),
+    )
+    words = (
+        "A transformer that computes half of its image tokens has to make up the outputs of the others. Older methods "
+        "give a dropped token the output of one that looked like it going *in*. What matters is who is alike coming "
+        "*out*: unknown before the module has run, but hardly changed since the step before "
+        "([arXiv 2605.22011](https://arxiv.org/abs/2605.22011)). So some steps run dense and choose the pairs, and "
+        "those in between reuse them."
+    )
+    ours, paper, theirs = at["default"], at["paper"], at["tomesd"]
+    same_steps = max((at[name] for name in CONTROLS), key=_psnr)
+    gains = (
+        f"At ratio {ratio:g} in whole blocks, our reading of the paper is {_gain(paper, theirs)} ToMeSD as published. "
+        f"Dense steps alone change ToMeSD by {_change(at['tomesd + dense steps'], theirs)}; against the best of the "
+        f"input-similarity methods with the same dense steps ({_label(same_steps['name'])}) our reading of the paper "
+        f"is {_gain(paper, same_steps)} it. Computing the keys and values of all tokens changes it by "
+        f"{_change(at['dense K/V'], paper)}, and copying a token's *change* since the last dense step, rather than its "
+        f"output, by another {_change(ours, at['dense K/V'])}."
+    )
+    return Section(
+        id="skipping", title="Which tokens may be skipped", short="Tokens skipped", items=(words, grid, gains)
+    )
+
+
+def _honest_place(reduction: Mapping[str, Any], settings: DemoSettings) -> Section:
+    by_flops = scatter(
+        _against(reduction, lambda row: 1 / row["flops"]),
+        "dense FLOPs / FLOPs",
+        "PSNR to the dense image (dB)",
+        title="At equal FLOPs",
+        xscale="linear",
+        yscale="linear",
+    )
+    by_time = scatter(
+        _against(reduction, lambda row: None if row["latency"] is None else 1 / row["latency"]),
+        "dense time / time",
+        "PSNR to the dense image (dB)",
+        title="At equal time, here",
+        xscale="linear",
+        yscale="linear",
+    )
+    figure = Figure(
+        pictures=(draw(by_flops), draw(by_time)),
+        caption=(
+            f"Up and to the right is better. Numbers are the share of tokens dropped, of {settings.reduction_steps} "
+            "steps those that are left, and the cache's threshold. Time is measured at the largest ratio only; "
+            "a picture of 256 tokens is so small that preparing a reduction takes a visible part of it."
+        ),
+        alt=(
+            "PSNR to the dense image against the ratio of FLOPs, a curve for each method.",
+            "PSNR to the dense image against the ratio of measured times.",
+        ),
+        wide=True,
+    )
+    return Section(
+        id="place",
+        title="Its honest place",
+        short="Fewer steps",
+        items=(figure, _all_ways(reduction), Callout(text=_verdict(reduction), kind="caveat", title="When not to")),
+    )
+
+
+def _all_ways(reduction: Mapping[str, Any]) -> Table:
+    rows = [row for row in _at_largest_ratio(reduction).values() if row["name"] != "dense"]
+    return Table(
+        columns=(
+            "method",
+            Column(title="PSNR to the dense image, dB", best="max"),
+            "dense FLOPs / FLOPs",
+            "dense time / time",
+            "energy at window borders, dense = 1",
+        ),
+        rows=tuple(
+            (
+                _label(row["name"]),
+                _psnr(row),
+                1 / row["flops"],
+                None if row["latency"] is None else 1 / row["latency"],
+                row["blocking"],
+            )
+            for row in rows
+        ),
+        caption=(
+            "At the largest ratio. *Dense steps*: the published method with every fourth step dense. One small "
+            "network, one seed: small differences mean nothing."
+        ),
+    )
+
+
+def _verdict(reduction: Mapping[str, Any]) -> str:
+    """Token reduction against skipping steps, as measured."""
+    at = _at_largest_ratio(reduction)
+    ours = at["default"]
+    rivals = [row for row in at.values() if row["family"] in ("steps", "cache") and row["name"] != "dense"]
+    as_fast = [row for row in rivals if row["flops"] <= ours["flops"]]
+    sentences = [f"Ours takes {ours['flops']:.0%} of the dense FLOPs and reaches {_psnr(ours):.1f} dB on this network."]
+    if as_fast:
+        best = max(as_fast, key=_psnr)
+        difference = _psnr(best) - _psnr(ours)
+        comparison = (
+            f"{abs(difference):.1f} dB {'better' if difference > 0 else 'worse'}"
+            if abs(difference) >= 0.05
+            else "the same"
+        )
+        sentences.append(
+            f"With no more FLOPs ({best['flops']:.0%}), {_label(best['name'])} gives {_psnr(best):.1f} dB: "
+            f"{comparison}."
+        )
+        if difference > 0:
+            sentences.append(
+                "Where neighbouring steps are so alike, skip steps first, and reduce tokens where there are none to "
+                "spare."
+            )
+    stacked, alone = at.get("cache + default"), _cache_of_the_stack(at)
+    if stacked is not None and alone is not None:
+        sentences.append(
+            f"Behind the cache that alone takes {alone['flops']:.0%} of the FLOPs at {_psnr(alone):.1f} dB, ours takes "
+            f"{stacked['flops']:.0%} at {_psnr(stacked):.1f} dB."
+        )
+    return " ".join(sentences)
+
+
+def _cache_of_the_stack(at: Mapping[str, Row]) -> Row | None:
+    """The cache with the lowest threshold, which is the one that the stacked contender has."""
+    caches = [row for row in at.values() if row["family"] == "cache"]
+    return min(caches, key=lambda row: float(row["name"].removeprefix("cache ")), default=None)
+
+
+def _persistence(outputs: Mapping[str, Any], settings: DemoSettings) -> Section:
+    watched = outputs["block"]
+    steps = range(watched["num_steps"])
+    panels = [
+        lines(
+            [
+                Series(x=list(steps[: len(row)]), y=row, method=style, label=_apart(gap))
+                for gap, row, style in zip(watched["gaps"], watched[name], GAP_STYLES, strict=False)
+                if row
+            ]
+            + extra,
+            "step",
+            label,
+            title=title,
+            markers=False,
+        )
+        for name, label, title, extra in (
+            ("pair_match_ratio", "pair match ratio", "The same pairs again", []),
+            (
+                "persistence",
+                "correlation of similarities",
+                "The same similarities again",
+                [
+                    Series(
+                        x=list(steps), y=watched["input_output_correlation"], method="tomesd", label="input with output"
+                    )
+                ],
+            ),
+        )
+    ]
+    errors = [
+        Series(x=list(steps[gap:]), y=row, method=style, label=_ago(gap))
+        for gap, row, style in zip(watched["gaps"], watched["earlier_output_error"], GAP_STYLES, strict=False)
+        if row
+    ]
+    errors += [
+        Series(x=list(steps), y=watched["output_error"], method="fewer_steps", label="this output (not known yet)"),
+        Series(x=list(steps), y=watched["input_error"], method="tomesd", label="this input"),
+        Series(x=list(steps), y=watched["random_error"], method="random_pairs", label="chance, within a window"),
+    ]
+    panels.append(
+        lines(
+            errors,
+            "step",
+            "recovery error",
+            title="What a choice of pairs costs",
+            yscale="log",
+            markers=False,
+        )
+    )
+    by_block = list(watched["site_pair_match_ratio"].values())
+    panels.append(
+        lines(
+            [
+                Series(
+                    x=list(range(1, 1 + len(by_block))),
+                    y=[values[index] for values in by_block],
+                    method=style,
+                    label=_apart(gap),
+                )
+                for index, (gap, style) in enumerate(zip(watched["gaps"], GAP_STYLES, strict=False))
+                if watched["pair_match_ratio"][index]
+            ],
+            "block",
+            "pair match ratio",
+            title="Block by block",
+        )
+    )
+    figure = Figure(
+        pictures=tuple(draw(panel) for panel in panels),
+        caption=(
+            f"A dense generation of {settings.reduction_steps} steps, watched at {len(watched['sites'])} blocks with "
+            f"destinations drawn once; pairs drop {watched['ratio']:.0%} of the tokens. {_old_pairs(watched)}"
+        ),
+        alt=(
+            "Pair match ratio against the step, for several gaps.",
+            "Correlation of similarities against the step, for several gaps and between input and output.",
+            "Recovery error against the step, by what the pairs were chosen from.",
+            "Pair match ratio of each block, for several gaps.",
+        ),
+        wide=True,
+    )
+    return Section(
+        id="persistence",
+        title="What persists from step to step",
+        short="Persistence",
+        items=(figure, _persistence_table(outputs)),
+    )
+
+
+def _apart(gap: int) -> str:
+    return f"{gap} step{'s' * (gap > 1)} apart"
+
+
+def _ago(gap: int) -> str:
+    return f"output, {gap} step{'s' * (gap > 1)} ago"
+
+
+def _old_pairs(watched: Mapping[str, Any]) -> str:
+    """What is left of the oldest pairs that were watched, and what keeping them would cost."""
+    index = max(i for i, row in enumerate(watched["pair_match_ratio"]) if row)
+    gap = watched["gaps"][index]
+    kept = fmean(watched["pair_match_ratio"][index])
+    error, least = fmean(watched["earlier_output_error"][index]), fmean(watched["output_error"][gap:])
+    return (
+        f"After {gap} steps {kept:.0%} of the pairs would be chosen again, and keeping all of them costs "
+        f"{error / least:.2g} times the error of new ones."
+    )
+
+
+def _persistence_table(outputs: Mapping[str, Any]) -> Table:
+    rows: list[tuple[Any, ...]] = []
+    for scope in SCOPES:
+        watched = outputs[scope]
+        place = {"attn": "attention", "block": "whole block"}[scope]
+        rows += [
+            (
+                place,
+                _ago(gap),
+                _mean(watched["pair_match_ratio"][index]),
+                _mean(watched["persistence"][index]),
+                _mean(watched["earlier_output_error"][index]),
+            )
+            for index, gap in enumerate(watched["gaps"])
+            if watched["pair_match_ratio"][index]
+        ]
+        rows += [
+            (place, "this output (not known yet)", 1.0, 1.0, _mean(watched["output_error"])),
+            (
+                place,
+                "this input",
+                None,
+                _mean(watched["input_output_correlation"]),
+                _mean(watched["input_error"]),
+            ),
+            (place, "chance, within a window", None, None, _mean(watched["random_error"])),
+        ]
+    return Table(
+        columns=(
+            "outputs of",
+            "pairs chosen by",
+            "pairs that this output would choose",
+            "correlation of similarities",
+            Column(title="recovery error"),
+        ),
+        rows=tuple(rows),
+        caption="Means over blocks, images and steps.",
+    )
+
+
+def _blocking(penalty: Mapping[str, Any], folder: Path, settings: DemoSettings) -> Section:
+    names = {"default": "ours", "paper": "our reading of the paper, in whole blocks"}
+    table = Table(
+        columns=(
+            "settings",
+            "penalty",
+            Column(title="PSNR, dB", best=None),
+            Column(title="energy at window borders, dense = 1"),
+            Column(title="Gini of drops"),
+            Column(title="most dropped token, share of steps"),
+        ),
+        rows=tuple(
+            (names[name], f"{row['penalty']:g}", _psnr(row), row["blocking"][0], row["gini"], row["most"])
+            for name, rows in penalty.items()
+            for row in rows
+        ),
+        caption=(
+            "Energy: squared differences of neighbouring pixels across the borders of 2 x 2 windows of tokens over "
+            "those within, relative to the dense images. Gini: 0 if all tokens are dropped equally often."
+        ),
+    )
+    counts = [row["penalty"] for row in penalty["default"]]
+    grid = Grid(
+        cells=(
+            (read_png(folder / "penalty" / picture_file("dense")), *(None for _ in counts[1:])),
+            *(tuple(read_png(folder / "penalty" / picture_file(name, value)) for value in counts) for name in penalty),
+        ),
+        row_labels=("dense", *(names[name] for name in penalty)),
+        column_labels=tuple(f"penalty {value:g}" for value in counts),
+        caption=f"The middle of the first images, {max(settings.reduction_ratios):.0%} of the tokens dropped.",
+    )
+    return Section(
+        id="penalty",
+        title="Spreading what is skipped",
+        short="Penalty",
+        items=(
+            "Pairs that are reused drop the same tokens again and again. A penalty on how often a token was dropped "
+            "spreads that; its form is ours, the paper's is not known to us.",
+            table,
+            grid,
+            _penalty_words(penalty, names),
+        ),
+    )
+
+
+def _penalty_words(penalty: Mapping[str, Any], names: Mapping[str, str]) -> str:
+    sentences: list[str] = []
+    for name, rows in penalty.items():
+        none, most = rows[0], rows[-1]
+        best = max(rows, key=_psnr)
+        sentences.append(
+            f"For {names[name]}, a penalty of {most['penalty']:g} takes the Gini coefficient from {none['gini']:.2f} "
+            f"to {most['gini']:.2f}, the energy at borders from {none['blocking'][0]:.2f} to "
+            f"{most['blocking'][0]:.2f} and the PSNR from {_psnr(none):.1f} to {_psnr(most):.1f} dB; the best PSNR is "
+            f"at {best['penalty']:g}."
+        )
+    return " ".join(sentences)
+
+
+def _against(reduction: Mapping[str, Any], speed: Callable[[Row], float | None]) -> list[Series]:
+    """A line for each method over ratios, for fewer steps, and for the cache."""
+    groups: dict[str, list[tuple[Any, float, str]]] = {}
+    for row in reduction["outcomes"]:
+        style, point = _style(row["name"]), speed(row)
+        if style is not None and point is not None:
+            label = f"{row['ratio']:g}" if row["ratio"] is not None else row["name"].split()[row["family"] == "cache"]
+            groups.setdefault(style, []).append((point, _psnr(row), label))
+    return [
+        Series(
+            x=[x for x, _, _ in points],
+            y=[y for _, y, _ in points],
+            method=style,
+            point_labels=[label for _, _, label in points],
+        )
+        for style, points in groups.items()
+    ]
+
+
+def _style(name: str) -> str | None:
+    """None for controls, which are not drawn, and for the dense model."""
+    if name.endswith(" steps"):
+        return None if name in CONTROLS else "fewer_steps"
+    return "first_block_cache" if name.startswith("cache ") and name not in STYLES else STYLES.get(name)
+
+
+def _label(name: str) -> str:
+    if name == "dense":
+        return "dense"
+    if name in CONTROLS:
+        return f"{method_style(STYLES[name.removesuffix(' + dense steps')]).label}, dense steps"
+    if name in STYLES:
+        return method_style(STYLES[name]).label
+    return name if name.endswith(" steps") else f"FirstBlockCache, {name.removeprefix('cache ')}"
+
+
+def _at_largest_ratio(reduction: Mapping[str, Any]) -> dict[str, Row]:
+    largest = max(row["ratio"] for row in reduction["outcomes"] if row["ratio"] is not None)
+    return {row["name"]: row for row in reduction["outcomes"] if row["ratio"] in (None, largest)}
+
+
+def _psnr(row: Row) -> float:
+    return fmean(row["psnr"])
+
+
+def _gain(ours: Row, theirs: Row) -> str:
+    gain = _psnr(ours) - _psnr(theirs)
+    return f"{abs(gain):.1f} dB {'above' if gain >= 0 else 'below'}"
+
+
+def _change(now: Row, before: Row) -> str:
+    return f"{_psnr(now) - _psnr(before):+.1f} dB".replace("-", "−")
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    found = [value for value in values if value is not None]
+    return fmean(found) if found else None
