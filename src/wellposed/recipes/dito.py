@@ -11,7 +11,7 @@ from wellposed.recipes.ddpm_recipe import FeatureEvaluation
 from wellposed.recipes.flow_recipe import FlowRecipe, FlowSamplingSettings
 from wellposed.recipes.recipe import TrainingSettings
 
-__all__ = ["dito_photographs", "dito_tiny"]
+__all__ = ["dito_photographs", "dito_tiny", "small_flux"]
 
 PAPER = "2605.22011"
 IMAGE_SIZE = 32
@@ -53,7 +53,7 @@ def dito_photographs() -> FlowRecipe:
         name="dito_photographs",
         summary="32x32 patches of photographs, a small FLUX transformer (256 tokens); half an hour on a CPU",
         paper=PAPER,
-        expected="ours: smooth patches with edges and light; what reduction costs them is in benchmarks/dito_quality.py",
+        expected="ours: patches of sky, walls and edges; what reduction costs them is in benchmarks/dito_quality.py",
         network=_photograph_transformer,
         dataset=_photographs,
         training=TrainingSettings(
@@ -74,21 +74,24 @@ def dito_photographs() -> FlowRecipe:
 
 
 def _digit_transformer() -> Any:
-    return _transformer(channels=1, num_classes=10)
+    return small_flux(channels=1, num_classes=10)
 
 
 def _photograph_transformer() -> Any:
-    return _transformer(channels=3, num_classes=1)
+    return small_flux(channels=3, num_classes=1)
 
 
-def _transformer(*, channels: int, num_classes: int) -> Any:
+def small_flux(
+    *, channels: int, num_classes: int, num_layers: int = 1, num_single_layers: int = 4, num_heads: int = 2
+) -> Any:
+    """A ``FluxTransformer2DModel`` for 2 x 2 pixels a token, with four text tokens for a class; 32 channels a head."""
     from diffusers import FluxTransformer2DModel
 
     return FluxTransformer2DModel(
         in_channels=4 * channels,
-        num_layers=1,
-        num_single_layers=4,
-        num_attention_heads=2,
+        num_layers=num_layers,
+        num_single_layers=num_single_layers,
+        num_attention_heads=num_heads,
         attention_head_dim=32,
         axes_dims_rope=(8, 12, 12),
         joint_attention_dim=TEXT_TOKENS * num_classes,

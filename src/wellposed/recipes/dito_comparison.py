@@ -32,6 +32,7 @@ from wellposed.recipes.flow_draw import FlowSampler, draw_images
 from wellposed.training.context import derived_seed
 
 __all__ = [
+    "INPUT_CONTROLS",
     "Contender",
     "Family",
     "Judge",
