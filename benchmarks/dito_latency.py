@@ -16,6 +16,7 @@ costs itself weighs more at a smaller width, and is measured at full size.
 
     python benchmarks/dito_latency.py
     python benchmarks/dito_latency.py --families flux --pixels 1024 --scale 0.25 --repeats 3
+    python benchmarks/dito_latency.py --families            # what it costs itself, and a model over an interval, only
     python benchmarks/dito_latency.py --device cuda --repeats 10
 """
 
@@ -34,7 +35,7 @@ from torch.nn import functional
 
 from wellposed.dito.adapters import Rows, find_blocks
 from wellposed.dito.baselines import tomesd
-from wellposed.dito.config import TokenReductionConfig
+from wellposed.dito.config import Recovery, TokenReductionConfig
 from wellposed.dito.forecast import Forecast, block_flops, forecast
 from wellposed.dito.hooks import apply_token_reduction
 from wellposed.dito.matching import BipartiteMatcher, TokenWindows
@@ -108,7 +109,7 @@ FAMILIES = {
 }
 
 
-def settings(schedule: MatchingSteps | FixedInterval, ratio: float) -> dict[str, TokenReductionConfig]:
+def compared(schedule: MatchingSteps | FixedInterval, ratio: float) -> dict[str, TokenReductionConfig]:
     """What is compared with a dense step."""
 
     def ours(scope: Any, keep_kv: bool, recovery: Any) -> TokenReductionConfig:
@@ -127,6 +128,7 @@ def settings(schedule: MatchingSteps | FixedInterval, ratio: float) -> dict[str,
         "attn, dense K/V": ours("attn", True, "copy"),
         "block, dense K/V": ours("block", True, "copy"),
         "block, dense K/V, delta": ours("block", True, "delta"),
+        "block, dense K/V, linear": ours("block", True, "linear"),
         "ToMeSD, attn": tomesd(ratio),
         "ToMeSD, block": tomesd(ratio, scope="block"),
     }
@@ -273,7 +275,8 @@ def bench_of(name: str, pixels: int, scale: float, device: torch.device, dtype: 
 
 def blocks(bench: Bench, ratio: float, clock: Clock, repeats: int) -> dict[str, Any]:
     """One Reduction step of every setting against a dense step."""
-    found = settings(MatchingSteps(steps=(0,)), ratio)
+    found = compared(MatchingSteps(steps=(0,)), ratio)
+    del found["block, dense K/V, linear"]  # with one Matching step there is no line to continue
     calls = {"dense": bench.call(None)} | {name: bench.call(config) for name, config in found.items()}
     timed = time_calls(calls, repeats=repeats, warmup=1, device=bench.device)
     rates = rates_of(bench, clock, repeats)
@@ -326,17 +329,18 @@ def overheads(bench: Bench, ratio: float, clock: Clock, repeats: int) -> dict[st
         return Rows.around(matcher(output, windows, num_reduced, generator=generator), 0, bench.num_tokens)
 
     rows = match()
-    offset, reduced = rows.own_minus_target(output), rows.reduce(x, "prune")
+    offset, slope = rows.own_minus_target(output), rows.own_minus_target(x)
+    reduced, elapsed = rows.reduce(x, "prune"), torch.full((), 2.0, device=bench.device, dtype=bench.dtype)
 
     def attention_rows() -> None:
         rows.reduce(x, "prune")
         rows.recover(reduced)
 
-    def block_rows(delta: bool) -> None:
+    def block_rows(recovery: Recovery) -> None:
         rows.reduce(x, "prune")
         z, added = rows.recover(reduced), rows.own_minus_target(x)
-        if delta:
-            added += offset
+        if recovery != "copy":
+            added += offset if recovery == "delta" else torch.addcmul(offset, slope, elapsed)
         z.flatten(0, 1).index_add_(0, rows.dropped_rows, added)
 
     def merge() -> None:
@@ -346,8 +350,9 @@ def overheads(bench: Bench, ratio: float, clock: Clock, repeats: int) -> dict[st
         "dense block": bench.call(None),
         "match": match,
         "reduce, recover: attn": attention_rows,
-        "reduce, recover: block": lambda: block_rows(False),
-        "reduce, recover: block, delta": lambda: block_rows(True),
+        "reduce, recover: block": lambda: block_rows("copy"),
+        "reduce, recover: block, delta": lambda: block_rows("delta"),
+        "reduce, recover: block, linear": lambda: block_rows("linear"),
         "merge, recover": merge,
     }
     timed = time_calls(calls, repeats=repeats, warmup=1, device=bench.device)
@@ -369,7 +374,7 @@ def overheads(bench: Bench, ratio: float, clock: Clock, repeats: int) -> dict[st
 
 def whole_interval(bench: Bench, ratio: float, clock: Clock, repeats: int) -> dict[str, Any]:
     """A model with matching and all: an interval of steps, one of them dense, against as many dense ones."""
-    found = settings(FixedInterval(interval=INTERVAL), ratio)
+    found = compared(FixedInterval(interval=INTERVAL), ratio)
     calls = {"dense": bench.call(None, INTERVAL)}
     calls |= {name: bench.call(config, INTERVAL) for name, config in found.items()}
     timed = time_calls(calls, repeats=repeats, warmup=1, device=bench.device)
@@ -456,7 +461,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     metrics["model"] = {"depth": depth, "scale": scale} | whole_interval(bench, chosen.ratio, clock, chosen.repeats)
     targets = {"share_of_ceiling": CEILING_TARGET, "overhead": OVERHEAD_TARGET, "latency_reduction": LATENCY_TARGET}
     record = vars(chosen) | {"dtype": dtype, "clock": clock, "targets": targets}
-    name = f"dito-latency-{str(dtype).removeprefix('torch.')}"
+    part = "" if chosen.families else "-whole"
+    name = f"dito-latency{part}-{str(dtype).removeprefix('torch.')}"
     print(write_result(name, metrics, record, seed=0, started=started))
 
 
