@@ -291,7 +291,7 @@ def without_positions(host: Host) -> Host:
     """The same model, to which every place of the picture is the same: equal tokens have equal outputs."""
     model = host.model
     if host.name in ("sd3", "pixart", "dit"):
-        model.pos_embed.pos_embed.zero_()
+        model.pos_embed.pos_embed = None
         return host
     rotary = model.rope_embedder if host.name == "z_image" else model.pos_embed
     tables = rotary.__call__ if host.name == "z_image" else rotary.forward
