@@ -5,6 +5,7 @@ a Matching step or a Reduction step, and publishes the decision to the *sites*: 
 """
 
 import inspect
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -49,6 +50,8 @@ __all__ = [
     "remove_token_reduction",
     "token_reduction",
 ]
+
+logger = logging.getLogger(__name__)
 
 ROOT_HOOK = "token_reduction"
 SITE_HOOK = "token_reduction_site"
@@ -253,6 +256,7 @@ class _RootHook(ModelHook):
             handle.remove()
         for site in self.sites:
             unregister_hook(site.module, SITE_HOOK)
+            site.mode = "dense"  # for whoever may have wrapped it meanwhile and still calls it
             if isinstance(site, BlockSite):
                 site.restore_processors()
         for module, name, _ in self.helpers:
@@ -292,6 +296,7 @@ class _RootHook(ModelHook):
         trajectory.summary.steps.append((self.calls, record))
         self.calls += 1
         self.active = trajectory
+        self._warn_if_bypassed(trajectory)
         for _, _, hook in self.helpers:
             heal_hook(hook)
         for site in self.sites:
@@ -387,6 +392,17 @@ class _RootHook(ModelHook):
                 "TokenReductionConfig(num_inference_steps=...)"
             )
         return trajectory.ends_here()
+
+    def _warn_if_bypassed(self, trajectory: Trajectory) -> None:
+        is_after_first_match = trajectory.step == self.config.warmup_steps and trajectory.matchings
+        if is_after_first_match and all(state.matching < 0 for state in trajectory.sites.values()):
+            logger.warning(
+                "nothing is reduced: the Matching step of context %r has reached none of %s. Something, such as "
+                "offloading that was switched off since, has put other forwards in place of theirs; remove token "
+                "reduction and apply it again",
+                trajectory.name,
+                ", ".join(trajectory.sites),
+            )
 
     def check_hosts(self) -> None:
         """Raise where the settings need an attention that the sites do not have."""

@@ -54,12 +54,13 @@ def unregister_hook(module: nn.Module, name: str) -> None:
             outer.forward = inner
         else:
             outer.original_forward = inner
-    elif "_old_forward" in vars(module) and vars(module)["_old_forward"] is getattr(hook, "wrapper", None):
+    elif vars(module).get("_old_forward") is hook.wrapper:
         module._old_forward = inner
-    elif getattr(inner, "__func__", None) is type(module).forward and vars(module).get("_old_forward") is None:
-        vars(module).pop("forward", None)
-    else:
-        module.forward = inner
+    elif vars(module).get("forward") is hook.wrapper:  # else offloading that we were put around took us off with it
+        if getattr(inner, "__func__", None) is type(module).forward:
+            del module.forward
+        else:
+            module.forward = inner
     del registry.hooks[name]
     registry._hook_order.pop(index)
     registry._fn_refs.pop(index)
