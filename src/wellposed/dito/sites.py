@@ -7,6 +7,7 @@ of step. Matching happens outside of compiled code.
 import functools
 import inspect
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -75,7 +76,7 @@ def outside_graph(function: F) -> F:
     return cast(F, torch.compiler.disable(function))
 
 
-class Site(ModelHook):
+class Site(ModelHook, ABC):
     """A module whose image tokens are reduced."""
 
     def __init__(
@@ -123,21 +124,21 @@ class Site(ModelHook):
         self.has_reduced = True
         return self.reduced(forward, arguments)
 
+    @abstractmethod
     def sequence(self, arguments: dict[str, Any]) -> tuple[Tensor, int]:
         """The tensor whose rows are reduced, and its first image row."""
-        raise NotImplementedError
 
+    @abstractmethod
     def entry(self, arguments: dict[str, Any]) -> Tensor | None:
         """The image tokens that go into the block, if they are known."""
-        raise NotImplementedError
 
+    @abstractmethod
     def copied(self, arguments: dict[str, Any], output: Any) -> Tensor:
         """What a Reduction step copies from token to token, in the whole sequence."""
-        raise NotImplementedError
 
+    @abstractmethod
     def reduced(self, forward: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         """The module on the rows that are left, and its outputs for all."""
-        raise NotImplementedError
 
     @outside_graph
     def match_output(self, arguments: dict[str, Any], output: Any) -> None:
