@@ -80,6 +80,18 @@ def test_every_way_to_skip_work_is_compared_with_the_dense_images(folder: Path) 
     ]
 
 
+def test_the_verdict_is_the_measured_one(folder: Path) -> None:
+    rows = json.loads((folder / "reduction" / "record.json").read_text())["metrics"]["outcomes"]
+    ours = next(row for row in rows if row["name"] == "default")
+    (shorter,) = (row for row in rows if row["name"] == "4 steps")
+    assert shorter["flops"] < ours["flops"]
+    page = (folder / "index.html").read_text(encoding="utf-8")
+    assert f"By FLOPs ours takes {ours['flops']:.0%} of the dense model, at {ours['psnr'][0]:.1f} dB." in page
+    difference = shorter["psnr"][0] - ours["psnr"][0]
+    where = "above" if difference > 0 else "below"
+    assert f"4 steps ({shorter['flops']:.0%}): {shorter['psnr'][0]:.1f} dB, {abs(difference):.1f} dB {where}." in page
+
+
 def test_both_scopes_are_watched_and_a_penalty_spreads_drops(folder: Path) -> None:
     outputs = json.loads((folder / "outputs" / "record.json").read_text())["metrics"]
     assert set(outputs) == {"attn", "block"}

@@ -106,8 +106,8 @@ TOKEN_STYLES: Mapping[str, MethodStyle] = MappingProxyType(
 
 TOKEN_REDUCTION_STYLES: Mapping[str, MethodStyle] = MappingProxyType(
     {
-        "dito": MethodStyle(label="ours: dense K/V, delta", color="#0072b2", marker="o", width=2.2),
-        "dito_dense_kv": MethodStyle(label="ours: dense K/V, copies", color="#5a9cf0", marker="^"),
+        "dito": MethodStyle(label="ours", color="#0072b2", marker="o", width=2.2),
+        "dito_dense_kv": MethodStyle(label="ours, but copies", color="#5a9cf0", marker="^"),
         "dito_paper": MethodStyle(label="our reading of the paper", color="#132d7d", marker="D", dash="dashed"),
         "dito_paper_bias": MethodStyle(
             label="the same, log-size bias", color="#9cc4f8", marker="v", dash="dashdot", hollow=True
