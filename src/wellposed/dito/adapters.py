@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from diffusers.hooks._helpers import TransformerBlockRegistry
-from diffusers.models.attention import BasicTransformerBlock, JointTransformerBlock
+from diffusers.models.attention import AttentionModuleMixin, BasicTransformerBlock, JointTransformerBlock
 from diffusers.models.attention_processor import AttnProcessor2_0, JointAttnProcessor2_0
 from diffusers.models.transformers.transformer_flux import (
     FluxAttnProcessor,
@@ -181,10 +181,11 @@ class BlockAdapter(ABC):
             known = ", ".join(kind.__name__ for kind in self.processors)
             raise ValueError(
                 f"keep_kv, proportional_attention and rotary positions in a batch need attention by {known}; "
-                f"this model has {type(processor).__name__}. Unload the IP-Adapter or custom processor, or use "
-                "keep_kv=False with one image at a time"
+                f"this model has {type(processor).__name__}. Unload the IP-Adapter or custom processor, call "
+                "transformer.unfuse_qkv_projections() if it is fused, or use keep_kv=False with one image at a time"
             )
-        if getattr(attn, "fused_projections", False):
+        # The older Attention says so with its processor, and forgets to take the mark back.
+        if isinstance(attn, AttentionModuleMixin) and getattr(attn, "fused_projections", False):
             raise ValueError(
                 "queries and keys are one fused projection here; call transformer.unfuse_qkv_projections() first"
             )
@@ -477,7 +478,8 @@ def find_blocks(transformer: nn.Module) -> list[HostBlock]:
     for list_name, modules in transformer.named_children():
         if not isinstance(modules, nn.ModuleList) or list_name in _REFINERS:
             continue
-        for index, module in enumerate(modules):
+        for index, entry in enumerate(modules):
+            module = getattr(entry, "_orig_mod", entry)  # of a block that torch.compile has wrapped
             adapter = _ADAPTERS.get(type(module))
             if adapter is not None:
                 blocks.append(HostBlock(f"{list_name}.{index}", module, adapter))
