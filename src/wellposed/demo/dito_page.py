@@ -79,8 +79,9 @@ def _fidelity(reduction: Mapping[str, Any], folder: Path, settings: DemoSettings
         f"Dense steps alone change ToMeSD by {_change(at['tomesd + dense steps'], theirs)}; against the best of the "
         f"input-similarity methods with the same dense steps ({_label(same_steps['name'])}) our reading of the paper "
         f"is {_gain(paper, same_steps)} it. Computing the keys and values of all tokens changes it by "
-        f"{_change(at['dense K/V'], paper)}, and passing on how an output *changed* since the last dense "
-        f"steps, rather than the output, by another {_change(ours, at['dense K/V'])}."
+        f"{_change(at['dense K/V'], paper)}, and what else our default has by another "
+        f"{_change(ours, at['dense K/V'])}: how an output *changed* since the last dense steps is passed on, rather than "
+        "the output, and the last step is dense."
     )
     return Section(
         id="skipping", title="Which tokens may be skipped", short="Tokens skipped", items=(words, grid, gains)
