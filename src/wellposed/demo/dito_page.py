@@ -80,8 +80,8 @@ def _fidelity(reduction: Mapping[str, Any], folder: Path, settings: DemoSettings
         f"input-similarity methods with the same dense steps ({_label(same_steps['name'])}) our reading of the paper "
         f"is {_gain(paper, same_steps)} it. Computing the keys and values of all tokens changes it by "
         f"{_change(at['dense K/V'], paper)}, and what else our default has by another "
-        f"{_change(ours, at['dense K/V'])}: how an output *changed* since the last dense steps is passed on, rather than "
-        "the output, and the last step is dense."
+        f"{_change(ours, at['dense K/V'])}: how an output *changed* since the last dense steps is passed on, "
+        "rather than the output, and the last step is dense."
     )
     return Section(
         id="skipping", title="Which tokens may be skipped", short="Tokens skipped", items=(words, grid, gains)
