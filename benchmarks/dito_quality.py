@@ -3,9 +3,9 @@
 Targets (this library's own): our reading of the published method (``paper``: copies, reduced keys) and our ``default``
 each exceed ToMeSD as published by 3.6 dB of PSNR to the dense image and the best input-similarity control at equal
 compute by 1.5 dB, at ratios 0.25 and 0.5 in both scopes; dense K/V with delta recovery adds 8 dB to ``paper``; at 0.5,
-the Frechet distance of ToMeSD is 2.7 times ours. Fewer steps and FirstBlockCache stand in the same table, and the two
-stacked. Latency is of a whole generation, in CPU time of the process on a CPU and wall-clock time on a GPU; FLOPs are
-counted as they run.
+the Frechet distance of ToMeSD is 2.7 times ours. Fewer steps, FirstBlockCache and TaylorSeer stand in the same table,
+and ours behind a cache. Latency is of a whole generation, in CPU time of the process on a CPU and wall-clock time on a
+GPU; FLOPs are counted as they run.
 
 A frequency penalty is meant against blocking. Its table has PSNR, gradient energy across the borders of 2 x 2 windows
 over that inside relative to the dense image, and how evenly tokens are dropped.
@@ -53,6 +53,7 @@ from wellposed.recipes.dito_comparison import (
     compare,
     compare_penalties,
     compare_speed,
+    extrapolated_contenders,
     flow_subject,
     pipeline_subject,
     reduction_contenders,
@@ -69,14 +70,17 @@ SCOPES: tuple[Scope, ...] = ("attn", "block")
 PENALTIES = (0.0, 0.02, 0.05, 0.1, 0.3)
 SHARES_OF_STEPS = (24 / 28, 20 / 28, 16 / 28, 14 / 28)
 CACHE_THRESHOLDS = (0.05, 0.1, 0.2)
+EXTRAPOLATED_EVERY = (2, 3, 4)
 STACKED_THRESHOLD = 0.1
 JUDGED_RATIO = 0.5
-JUDGED = {"published", "ours", "steps", "cache", "stacked"}
-JUDGED_CONTROLS = {"tomesd + dense steps", "input, reused", "random, reused"}
+JUDGED = {
+    *("paper", "default", "tomesd", "tofu", "sito", "toma", "random", "cache + default"),
+    *("tomesd + dense steps", "random, reused", "default by chance", "14 steps", "cache 0.2", "TaylorSeer 2"),
+}
 # Those whose time is that of another, whatever they choose by.
 UNTIMED = {"criterion", "control"}
 
-QUICK = frozenset({"paper", "default", "tomesd", "input, reused", "cache + default", *INPUT_CONTROLS})
+QUICK = frozenset({"paper", "default", "default, delta", "tomesd", "input, reused", "cache + default", *INPUT_CONTROLS})
 
 PUBLISHED = """\
 published, as a public digest of arXiv 2605.22011 quotes it (not measured here; other models, other images):
@@ -217,7 +221,11 @@ def measured(bench: Bench, budget: Budget, interval: int, show: Callable[[Outcom
     subject = bench.subject
     steps = subject.num_inference_steps
     shorter = sorted({max(1, round(share * steps)) for share in SHARES_OF_STEPS} - {steps}, reverse=True)
-    general = [*shorter_contenders(shorter), *cached_contenders(subject.transformer, CACHE_THRESHOLDS)]
+    general = [
+        *shorter_contenders(shorter),
+        *cached_contenders(subject.transformer, CACHE_THRESHOLDS),
+        *extrapolated_contenders(subject.transformer, EXTRAPOLATED_EVERY),
+    ]
     takes_cache = hasattr(subject.transformer, "enable_cache")
     groups = [
         _wanted(
@@ -257,7 +265,7 @@ def _wanted(budget: Budget, contenders: list[Contender]) -> list[Contender]:
 
 def _is_judged(contender: Contender) -> bool:
     at_ratio = contender.ratio is None or contender.ratio == JUDGED_RATIO
-    return at_ratio and (contender.family in JUDGED or contender.name in JUDGED_CONTROLS)
+    return at_ratio and contender.name in JUDGED
 
 
 def _ratio(speed: Comparison, name: str) -> float:
@@ -349,9 +357,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--ratios", type=float, nargs="+", default=list(RATIOS))
     parser.add_argument("--interval", type=int, default=4)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--images", type=int, default=8, help="for each seed")
-    parser.add_argument("--judged", type=int, default=96, help="for each seed, for Frechet distances")
-    parser.add_argument("--timed", type=int, default=4, help="images of a timed generation")
+    parser.add_argument("--images", type=int, default=6, help="for each seed")
+    parser.add_argument("--judged", type=int, default=64, help="for each seed, for Frechet distances")
+    parser.add_argument("--timed", type=int, default=2, help="images of a timed generation")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--pictures", type=Path, help="where to put grids of images")
     parser.add_argument("--quick", action="store_true", help="everything once, in small: that it runs")

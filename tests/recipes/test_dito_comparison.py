@@ -25,6 +25,7 @@ from wellposed.recipes.dito_comparison import (
     compare,
     compare_penalties,
     compare_speed,
+    extrapolated_contenders,
     flow_subject,
     model_flops,
     pipeline_subject,
@@ -88,7 +89,8 @@ def test_everyone_drops_as_many_tokens_and_equal_compute_is_equal(subject: Subje
 
 def test_a_model_is_as_it_was_after_every_contender(subject: Subject) -> None:
     before = subject.draw(0, 3, 1)
-    for contender in [*everyone(subject), *cached_contenders(subject.transformer, (9.0,))]:
+    cached = [*cached_contenders(subject.transformer, (9.0,)), *extrapolated_contenders(subject.transformer, (2,))]
+    for contender in [*everyone(subject), *cached]:
         with sampled(subject, contender, 0):
             first = subject.draw(0, 3, 1)
             # Nothing of a generation leaks into the next one.
@@ -119,6 +121,7 @@ def test_outcomes(subject: Subject) -> None:
     contenders = [
         *shorter_contenders((4,)),
         *cached_contenders(subject.transformer, (9.0,)),
+        *extrapolated_contenders(subject.transformer, (2,)),
         *(one for one in everyone(subject) if one.name in ("paper", "default", "tomesd")),
     ]
     outcomes = compare(
@@ -131,14 +134,16 @@ def test_outcomes(subject: Subject) -> None:
         judged=lambda one: one.name == "default",
         on_outcome=lambda outcome, images: shown.append(f"{outcome.name} {len(images)}"),
     )
-    assert shown == ["dense 5", "4 steps 3", "cache 9 3", "paper 3", "default 5", "tomesd 3"]
+    assert shown == ["dense 5", "4 steps 3", "cache 9 3", "TaylorSeer 2 3", "paper 3", "default 5", "tomesd 3"]
     at = {one.name: one for one in outcomes}
     assert (at["dense"].psnr, at["dense"].flops, at["dense"].blocking) == ((100.0, 100.0), 1.0, 1.0)
     assert at["4 steps"].flops == pytest.approx(4 / STEPS)
     assert at["cache 9"].flops < 1
+    # Two steps to begin with, then every second one: of 6 steps, those with index 0, 1, 3 and 5.
+    assert at["TaylorSeer 2"].flops == pytest.approx(4 / 6, abs=0.03)
     assert at["tomesd"].flops < at["paper"].flops < at["default"].flops < 1
     assert at["paper"].mean_psnr < at["default"].mean_psnr < 100
-    assert [len(one.frechet) for one in outcomes] == [2, 0, 0, 0, 2, 0]
+    assert [len(one.frechet) for one in outcomes] == [2, 0, 0, 0, 0, 2, 0]
     assert at["default"].mean_frechet == pytest.approx(sum(at["default"].frechet) / 2)
     assert at["paper"].mean_frechet is None and at["default"].psnr_std > 0
     # By hand: PSNR of images in [0, 1] from the same noise, destinations drawn from the seed.
@@ -199,12 +204,13 @@ def test_verdicts() -> None:
     outcomes = [
         outcome("paper", (20.0, 22.0), frechet=(10.0, 20.0)),
         outcome("default", (29.5, 31.0), frechet=(4.0, 4.0)),
+        outcome("default, delta", (26.0, 27.0)),
         outcome("tomesd", (17.0, 18.5), frechet=(20.0, 60.0)),
         outcome("input, reused", (19.0, 20.0)),
         *controls,
     ]
     found = {one.claim: one for one in targets(outcomes)}
-    assert len(found) == 7
+    assert len(found) == 8
 
     def one(part: str) -> tuple[float, float, bool]:
         (match,) = (target for claim, target in found.items() if part in claim)
@@ -214,7 +220,8 @@ def test_verdicts() -> None:
     # The best control is ours by input here, at 19.5 on average.
     assert one("paper over the best control by input (input, reused)") == (1.5, pytest.approx(0.5 * 2**0.5), True)
     assert one("default over ToMeSD")[0] == 12.5
-    assert one("delta over paper") == (9.25, pytest.approx(0.25 * 2**0.5), True)
+    assert one("default, delta over paper") == (5.5, pytest.approx(0.5 * 2**0.5), False)
+    assert one("default over paper") == (9.25, pytest.approx(0.25 * 2**0.5), True)
     assert one("over that of paper") == (2.5, pytest.approx(0.5 * 2**0.5), False)
     assert one("over that of default") == (10.0, pytest.approx(5 * 2**0.5), True)
     assert targets([replace(one, ratio=0.75) for one in outcomes]) == []
@@ -224,6 +231,7 @@ def test_verdicts() -> None:
 
 def test_a_model_without_caches_has_no_cached_contender() -> None:
     assert cached_contenders(torch.nn.Linear(1, 1), (0.1,)) == []
+    assert extrapolated_contenders(torch.nn.Linear(1, 1), (2,)) == []
 
 
 def test_no_prompts_are_refused() -> None:
@@ -231,6 +239,7 @@ def test_no_prompts_are_refused() -> None:
         pipeline_subject("p", None, [], num_inference_steps=2, call={})
 
 
+@pytest.mark.slow
 def test_the_table_of_any_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A whole FLUX with random weights from its folder, and prompts from a file."""
     pipe = loaded(ROOT / "examples" / "dito_flux.py").tiny_flux()
@@ -263,3 +272,6 @@ def test_prompts_and_sizes_of_a_pipeline() -> None:
     assert float(images.min()) >= 0 and float(images.max()) <= 1
     assert torch.equal(subject.draw(0, 2, 1), images[:1])
     assert not torch.equal(subject.draw(1, 2, 1), images[:1])
+    shorter = shorter_contenders((1,))
+    dense, other = compare(subject, shorter, seeds=(0,), num_images=1)
+    assert (dense.name, other.flops) == ("dense", 0.5) and other.mean_psnr < 100

@@ -13,7 +13,7 @@ from statistics import fmean, stdev
 from typing import Any, Literal
 
 import torch
-from diffusers import FirstBlockCacheConfig
+from diffusers import FirstBlockCacheConfig, TaylorSeerCacheConfig
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
@@ -44,6 +44,7 @@ __all__ = [
     "compare",
     "compare_penalties",
     "compare_speed",
+    "extrapolated_contenders",
     "flow_subject",
     "model_flops",
     "pipeline_subject",
@@ -155,7 +156,9 @@ class Contender:
         family: what it is an example of.
         reduction: the settings of token reduction, but for the seed; None for none.
         num_inference_steps: the number of steps; None for the subject's.
-        cache_threshold: of FirstBlockCache; None for no cache.
+        cache_threshold: of FirstBlockCache; None for none.
+        extrapolated_every: TaylorSeer in lite mode computes one step in so many, and extrapolates the network's last
+            features linearly in the others; None for none.
     """
 
     name: str
@@ -163,6 +166,7 @@ class Contender:
     reduction: TokenReductionConfig | None = None
     num_inference_steps: int | None = None
     cache_threshold: float | None = None
+    extrapolated_every: int | None = None
 
     @property
     def ratio(self) -> float | None:
@@ -269,6 +273,16 @@ def cached_contenders(transformer: nn.Module, thresholds: Sequence[float]) -> li
     return [Contender(name=f"cache {one:g}", family="cache", cache_threshold=one) for one in thresholds]
 
 
+def extrapolated_contenders(transformer: nn.Module, intervals: Sequence[int]) -> list[Contender]:
+    """diffusers' TaylorSeer, of first order and in lite mode; none for a transformer that takes no cache.
+
+    It extrapolates whole steps as ``default`` extrapolates the tokens that a step leaves out.
+    """
+    if not hasattr(transformer, "enable_cache"):
+        return []
+    return [Contender(name=f"TaylorSeer {one}", family="cache", extrapolated_every=one) for one in intervals]
+
+
 @contextmanager
 def sampled(subject: Subject, contender: Contender, seed: int) -> Iterator[TokenReduction | None]:
     """Within the block, the subject's transformer samples as the contender does; destinations are drawn from ``seed``.
@@ -283,6 +297,17 @@ def sampled(subject: Subject, contender: Contender, seed: int) -> Iterator[Token
             reduction = stack.enter_context(token_reduction(model, config=config))
         if contender.cache_threshold is not None:
             model.enable_cache(FirstBlockCacheConfig(threshold=contender.cache_threshold))
+            stack.callback(model.disable_cache)
+        if contender.extrapolated_every is not None:
+            model.enable_cache(
+                TaylorSeerCacheConfig(
+                    cache_interval=contender.extrapolated_every,
+                    disable_cache_before_step=2,
+                    max_order=1,
+                    taylor_factors_dtype=torch.float32,
+                    use_lite_mode=True,
+                )
+            )
             stack.callback(model.disable_cache)
         yield reduction
 
@@ -581,14 +606,16 @@ def targets(outcomes: Sequence[Outcome]) -> list[Target]:
         if ratio > 0.5:
             continue
         at = {one.name: one for one in outcomes if (one.scope, one.ratio) == (scope, ratio)}
-        if not {"paper", "default", "tomesd", "input, reused", *INPUT_CONTROLS} <= at.keys():
+        if not {"paper", "default", "default, delta", "tomesd", "input, reused", *INPUT_CONTROLS} <= at.keys():
             continue
         best = max((at[name] for name in (*INPUT_CONTROLS, "input, reused")), key=lambda one: one.mean_psnr)
         where = f"{scope}, ratio {ratio:g}"
         for name in ("paper", "default"):
             found.append(_gain(f"{where}: {name} over ToMeSD as published", 3.6, at[name], at["tomesd"]))
             found.append(_gain(f"{where}: {name} over the best control by input ({best.name})", 1.5, at[name], best))
-        found.append(_gain(f"{where}: dense K/V and delta over paper", 8.0, at["default"], at["paper"]))
+        found += [
+            _gain(f"{where}: {name} over paper", 8.0, at[name], at["paper"]) for name in ("default, delta", "default")
+        ]
         if ratio == 0.5 and at["tomesd"].frechet and at["paper"].frechet:
             for name in ("paper", "default"):
                 quotients = [a / b for a, b in zip(at["tomesd"].frechet, at[name].frechet, strict=True)]
