@@ -349,6 +349,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--sets", nargs="+", choices=["digits", "photographs", "cifar10"])
     parser.add_argument("--runs", type=Path, default=Path("runs/dito_quality"), help="trained transformers")
     parser.add_argument("--data", type=Path, help="folder with CIFAR-10")
+    parser.add_argument("--train-steps", type=int, help="of transformers that are not trained yet")
     parser.add_argument("--pipeline", help="a pipeline of diffusers, instead of --sets")
     parser.add_argument("--prompts", type=Path, help="a prompt in each line")
     parser.add_argument("--preset", choices=list(PRESETS), default="flux_1024")
@@ -427,7 +428,14 @@ def benches(parser: argparse.ArgumentParser, chosen: argparse.Namespace, budget:
     if not set(wanted) <= recipes.keys():
         parser.error("--sets cifar10 needs --data FOLDER")
     return [
-        trained(name, recipes[name][0](), recipes[name][1], chosen.runs / name, chosen.device, budget)
+        trained(
+            name,
+            recipes[name][0](),
+            chosen.train_steps or recipes[name][1],
+            chosen.runs / name,
+            chosen.device,
+            budget,
+        )
         for name in wanted
     ]
 
