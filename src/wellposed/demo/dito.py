@@ -22,6 +22,7 @@ from wellposed.recipes.dito_comparison import (
     compare,
     compare_penalties,
     compare_speed,
+    extrapolated_contenders,
     flow_subject,
     reduction_contenders,
     shorter_contenders,
@@ -131,6 +132,7 @@ def reduction_study(stages: Stages, settings: DemoSettings, subject: Subject) ->
         "ratios": settings.reduction_ratios,
         "shorter": settings.reduction_shorter,
         "cache_thresholds": settings.reduction_cache_thresholds,
+        "extrapolated": settings.reduction_extrapolated,
     }
     return dict(stages.run("reduction", "Sampling with fewer tokens", chosen, compute).metrics)
 
@@ -204,7 +206,8 @@ def _contenders(subject: Subject, settings: DemoSettings) -> list[Contender]:
         controls = CONTROLS if ratio == max(settings.reduction_ratios) else ()
         found += [one for one in every if one.name in (*STYLES, *controls)]
     found += shorter_contenders(settings.reduction_shorter)
-    return found + cached_contenders(subject.transformer, settings.reduction_cache_thresholds)
+    found += cached_contenders(subject.transformer, settings.reduction_cache_thresholds)
+    return found + extrapolated_contenders(subject.transformer, settings.reduction_extrapolated)
 
 
 def _common(settings: DemoSettings) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The room dito on the demo page."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -109,8 +110,9 @@ def _honest_place(reduction: Mapping[str, Any], settings: DemoSettings) -> Secti
         pictures=(draw(by_flops), draw(by_time)),
         caption=(
             f"Up and to the right is better. Numbers are the share of tokens dropped, of {settings.reduction_steps} "
-            "steps those that are left, and the cache's threshold. Time is measured at the largest ratio only; "
-            "pictures of 256 tokens are so small that what a reduction does besides computing takes a visible part."
+            "steps those that are left, FirstBlockCache's threshold, and TaylorSeer's interval. Time is measured at "
+            "the largest ratio only; pictures of 256 tokens are so small that what a reduction does besides computing "
+            "takes a visible part."
         ),
         alt=(
             "PSNR to the dense image against the ratio of FLOPs, a curve for each method.",
@@ -170,7 +172,7 @@ def _verdict(reduction: Mapping[str, Any]) -> str:
             best = max(as_cheap, key=_psnr)
             sentences.append(
                 f"Of fewer steps and caches that take no more, the best is {_label(best['name'])} ({best[cost]:.0%}): "
-                f"{_psnr(best):.1f} dB, {_gain(best, ours)}."
+                f"{_psnr(best):.1f} dB, {_gain(best, ours)} ours."
             )
         else:
             sentences.append("No smaller number of steps and no cache tried here takes as little.")
@@ -181,15 +183,15 @@ def _verdict(reduction: Mapping[str, Any]) -> str:
             f"{stacked['flops']:.0%} at {_psnr(stacked):.1f} dB."
         )
     sentences.append(
-        "Before reducing tokens, try fewer steps: they cost nothing to set up. Where steps are few already, tokens are "
+        "Before reducing tokens, try fewer steps or a cache: they are simpler. Where steps are few already, tokens are "
         "what is left to skip."
     )
     return " ".join(sentences)
 
 
 def _cache_of_the_stack(at: Mapping[str, Row]) -> Row | None:
-    """The cache with the lowest threshold, which is the one that the stacked contender has."""
-    caches = [row for row in at.values() if row["family"] == "cache"]
+    """The FirstBlockCache with the lowest threshold, which is the one that the stacked contender has."""
+    caches = [row for row in at.values() if _is_block_cache(row["name"])]
     return min(caches, key=lambda row: float(row["name"].removeprefix("cache ")), default=None)
 
 
@@ -411,7 +413,7 @@ def _against(reduction: Mapping[str, Any], speed: Callable[[Row], float | None])
     for row in reduction["outcomes"]:
         style, point = _style(row["name"]), speed(row)
         if style is not None and point is not None:
-            label = f"{row['ratio']:g}" if row["ratio"] is not None else row["name"].split()[row["family"] == "cache"]
+            label = f"{row['ratio']:g}" if row["ratio"] is not None else re.findall(r"[\d.]+", row["name"])[0]
             groups.setdefault(style, []).append((point, _psnr(row), label))
     return [
         Series(
@@ -428,7 +430,13 @@ def _style(name: str) -> str | None:
     """None for controls, which are not drawn, and for the dense model."""
     if name.endswith(" steps"):
         return None if name in CONTROLS else "fewer_steps"
-    return "first_block_cache" if name.startswith("cache ") and name not in STYLES else STYLES.get(name)
+    if name.startswith("TaylorSeer "):
+        return "taylor_seer"
+    return "first_block_cache" if _is_block_cache(name) else STYLES.get(name)
+
+
+def _is_block_cache(name: str) -> bool:
+    return re.fullmatch(r"cache [\d.]+", name) is not None
 
 
 def _label(name: str) -> str:
@@ -438,7 +446,9 @@ def _label(name: str) -> str:
         return f"{method_style(STYLES[name.removesuffix(' + dense steps')]).label}, dense steps"
     if name in STYLES:
         return method_style(STYLES[name]).label
-    return name if name.endswith(" steps") else f"FirstBlockCache, {name.removeprefix('cache ')}"
+    if name.startswith("TaylorSeer "):
+        return f"TaylorSeer, one step in {name.removeprefix('TaylorSeer ')}"
+    return f"FirstBlockCache, {name.removeprefix('cache ')}" if _is_block_cache(name) else name
 
 
 def _at_largest_ratio(reduction: Mapping[str, Any]) -> dict[str, Row]:
@@ -452,6 +462,8 @@ def _psnr(row: Row) -> float:
 
 def _gain(ours: Row, theirs: Row) -> str:
     gain = _psnr(ours) - _psnr(theirs)
+    if abs(gain) < 0.05:
+        return "level with"
     return f"{abs(gain):.1f} dB {'above' if gain >= 0 else 'below'}"
 
 

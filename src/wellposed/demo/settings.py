@@ -33,6 +33,7 @@ class DemoSettings:
         reduction_ratios: shares of the tokens that are left out.
         reduction_shorter: numbers of steps to compare with.
         reduction_cache_thresholds: of FirstBlockCache.
+        reduction_extrapolated: TaylorSeer computes one step in so many.
         reduction_penalties: coefficients of the frequency penalty.
     """
 
@@ -59,4 +60,5 @@ class DemoSettings:
     reduction_ratios: tuple[float, ...] = (0.25, 0.5)
     reduction_shorter: tuple[int, ...] = (16, 13, 10)
     reduction_cache_thresholds: tuple[float, ...] = (0.1, 0.2)
+    reduction_extrapolated: tuple[int, ...] = (2, 3)
     reduction_penalties: tuple[float, ...] = (0.0, 0.05, 0.3)

@@ -119,6 +119,7 @@ TOKEN_REDUCTION_STYLES: Mapping[str, MethodStyle] = MappingProxyType(
         "random_pairs": MethodStyle(label="random pairs", color="#a8a8a8", marker="P", dash="dotted"),
         "fewer_steps": MethodStyle(label="fewer steps", color="#009e73", marker="*", dash="dashed"),
         "first_block_cache": MethodStyle(label="FirstBlockCache", color="#406635", marker="h", dash="dashdot"),
+        "taylor_seer": MethodStyle(label="TaylorSeer", color="#7d8a00", marker="*", dash="dotted", hollow=True),
         "cached_dito": MethodStyle(label="FirstBlockCache + ours", color="#48d682", marker="h", hollow=True),
     }
 )
