@@ -73,9 +73,14 @@ CACHE_THRESHOLDS = (0.05, 0.1, 0.2)
 EXTRAPOLATED_EVERY = (2, 3, 4)
 STACKED_THRESHOLD = 0.1
 JUDGED_RATIO = 0.5
+# Many more images than PSNR takes: those of whole blocks, and of attention what the published scope is.
 JUDGED = {
-    *("paper", "default", "tomesd", "tofu", "sito", "toma", "random", "cache + default"),
-    *("tomesd + dense steps", "random, reused", "default by chance", "14 steps", "cache 0.2", "TaylorSeer 2"),
+    None: {"14 steps", "cache 0.2", "TaylorSeer 2"},
+    "attn": {"paper", "tomesd"},
+    "block": {
+        *("paper", "default", "tomesd", "tofu", "sito", "toma", "random", "tomesd + dense steps", "default by chance"),
+        "cache + default",
+    },
 }
 # Those whose time is that of another, whatever they choose by.
 UNTIMED = {"criterion", "control"}
@@ -265,7 +270,7 @@ def _wanted(budget: Budget, contenders: list[Contender]) -> list[Contender]:
 
 def _is_judged(contender: Contender) -> bool:
     at_ratio = contender.ratio is None or contender.ratio == JUDGED_RATIO
-    return at_ratio and contender.name in JUDGED
+    return at_ratio and contender.name in JUDGED[contender.scope]
 
 
 def _ratio(speed: Comparison, name: str) -> float:
@@ -358,8 +363,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--ratios", type=float, nargs="+", default=list(RATIOS))
     parser.add_argument("--interval", type=int, default=4)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--images", type=int, default=6, help="for each seed")
-    parser.add_argument("--judged", type=int, default=64, help="for each seed, for Frechet distances")
+    parser.add_argument("--images", type=int, default=4, help="for each seed")
+    parser.add_argument("--judged", type=int, default=48, help="for each seed, for Frechet distances")
     parser.add_argument("--timed", type=int, default=2, help="images of a timed generation")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--pictures", type=Path, help="where to put grids of images")

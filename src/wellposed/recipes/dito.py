@@ -57,7 +57,7 @@ def dito_photographs() -> FlowRecipe:
         network=_photograph_transformer,
         dataset=_photographs,
         training=TrainingSettings(
-            max_steps=5000,
+            max_steps=4000,
             batch_size=16,
             learning_rate=4e-3,
             betas=(0.9, 0.99),
