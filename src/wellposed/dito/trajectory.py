@@ -185,11 +185,11 @@ class ContextState(BaseState):
         if call.remaining != self.remaining:
             self.latest.clear()
         branch = self._branch(call)
-        self.latest[call.batch] = call.latents.clone(), branch
-        self.remaining, self.kind = call.remaining, call.kind
         branches = self.trajectories.setdefault(call.batch, [])
         if branch == len(branches):
-            branches.append(start(branch))
+            branches.append(start(branch))  # which may refuse the call: nothing of it is remembered then
+        self.latest[call.batch] = call.latents.clone(), branch
+        self.remaining, self.kind = call.remaining, call.kind
         current = branches[branch]
         if current.times[-1:] != [call.remaining]:
             current.times.append(call.remaining)
