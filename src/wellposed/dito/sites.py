@@ -1,15 +1,17 @@
 """What runs in place of a module at a Reduction step, and what is read off it at a Matching step.
 
-A site does what the root has published to it, on tensors of fixed shape: a compiled block has one graph for each kind
-of step. Matching happens outside of compiled code.
+A site does what the root has published to it, on tensors of fixed shape. Which kind of step it is, and matching, are
+decided outside of compiled code: a dense step runs the graph that the host has without token reduction, and a
+Reduction step one graph for each kind of block.
 """
 
 import functools
 import inspect
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from types import FunctionType, MethodType
 from typing import Any, TypeVar, cast
 
 import torch
@@ -76,6 +78,22 @@ def outside_graph(function: F) -> F:
     return cast(F, torch.compiler.disable(function))
 
 
+def outside_graph_itself(function: F) -> F:
+    """Likewise, but what the function calls is compiled."""
+    return cast(F, torch.compiler.disable(function, recursive=False))
+
+
+@functools.cache
+def with_own_code(function: FunctionType, kind: Hashable) -> FunctionType:
+    """The function again for each ``kind``, to be compiled apart.
+
+    ``torch.compile`` counts graphs by code object and gives up after eight: blocks of several classes, each with inputs
+    of several strides, would use them up between them.
+    """
+    code, closure = function.__code__.replace(), function.__closure__
+    return FunctionType(code, function.__globals__, function.__name__, function.__defaults__, closure)
+
+
 class Site(ModelHook, ABC):
     """A module whose image tokens are reduced."""
 
@@ -95,6 +113,8 @@ class Site(ModelHook, ABC):
         self.state = SiteState()
         self.has_reduced = False
         self.has_warned = False
+        kind = type(module), tuple(name for name, _ in module.named_modules())
+        self.run_reduced = MethodType(with_own_code(type(self).reduced, kind), self)
 
     def publish(self, trajectory: Trajectory, mode: Mode) -> None:
         """What the next call has to do."""
@@ -106,6 +126,7 @@ class Site(ModelHook, ABC):
         if self.state.slope is not None:
             self.elapsed = trajectory.elapsed_since(self.state.matched_at, self.state.slope)
 
+    @outside_graph_itself
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Dense, dense and matched, or reduced."""
         forward = cast(Callable[..., Any], self.fn_ref.original_forward)
@@ -122,7 +143,7 @@ class Site(ModelHook, ABC):
         if self.state.rows is None:
             return forward(*args, **kwargs)
         self.has_reduced = True
-        return self.reduced(forward, arguments)
+        return self.run_reduced(forward, arguments)
 
     @abstractmethod
     def sequence(self, arguments: dict[str, Any]) -> tuple[Tensor, int]:
