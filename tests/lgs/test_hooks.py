@@ -15,7 +15,7 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
-from wellposed.hooks import full_covariance
+from wellposed.hooks import apply_token_reduction, full_covariance, remove_token_reduction
 from wellposed.pipelines import LanczosDDPMPipeline
 
 
@@ -193,6 +193,23 @@ def test_dropout_is_refused(tiny: SimpleNamespace) -> None:
     pipe.unet = tiny.unet(dropout=0.5).train()
     with pytest.raises(ValueError, match="eval"), full_covariance(pipe):
         images(pipe)
+
+
+def test_token_reduction_is_refused_in_either_order(tiny: SimpleNamespace) -> None:
+    pipe = dit(tiny)
+    pipe.transformer = wider_classes(pipe.transformer)
+    reduction = apply_token_reduction(pipe)
+    with (
+        pytest.raises(ValueError, match=r"token reduction is on the transformer.*remove_token_reduction\(pipe\)"),
+        full_covariance(pipe),
+    ):
+        pass
+    remove_token_reduction(pipe)
+    with full_covariance(pipe, num_lanczos_steps=1, generator=torch.Generator().manual_seed(0)):
+        with pytest.raises(ValueError, match="full_covariance differentiates this model"):
+            apply_token_reduction(pipe)
+        assert not reduction.steps
+        pipe(class_labels=[1], num_inference_steps=2, output_type="pt")
 
 
 def test_nan_in_the_model_is_an_error(tiny: SimpleNamespace) -> None:
