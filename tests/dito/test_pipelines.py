@@ -44,16 +44,13 @@ def assert_close(found: Tensor, expected: Tensor, tolerance: float) -> None:
 # --- every pipeline
 
 
-@pytest.mark.parametrize("scope", ["attn", "block"])
-def test_generations_repeat_and_the_pipeline_is_left_as_it_was(pipe: Pipe, tiny: SimpleNamespace, scope: Any) -> None:
+def test_generations_repeat_and_the_pipeline_is_left_as_it_was(pipe: Pipe, tiny: SimpleNamespace) -> None:
     dense = pipe()
-    with token_reduction(pipe.pipe, config=settings(scope=scope, matcher=tiny.keeps_all())):
+    with token_reduction(pipe.pipe, config=settings(matcher=tiny.keeps_all())):
         assert_close(pipe(), dense, 1e-4)
-    with token_reduction(pipe.pipe, config=settings(scope=scope)) as reduction:
+    with token_reduction(pipe.pipe, config=settings()) as reduction:
         first, steps = pipe(), list(reduction.steps)
         assert torch.equal(pipe(), first) and reduction.steps == steps
-        assert not torch.equal(pipe(seed=1), first)
-        assert torch.equal(pipe(), first)
     assert first.isfinite().all() and not torch.equal(first, dense)
     assert torch.equal(pipe(), dense)
     assert {record.mode for record in steps} == {"match", "reduce"}
@@ -69,11 +66,11 @@ def test_the_last_step_is_dense_by_default(pipe: Pipe) -> None:
     assert all(modes(reduction, context).endswith("d") for context in {record.context for record in reduction.steps})
 
 
-@pytest.mark.parametrize("name", ["flux", "sd3", "z_image", "qwen"])
+@pytest.mark.parametrize("name", ["flux", "sd3", "z_image"])
 def test_sizes_one_after_the_other(name: str, tiny: SimpleNamespace) -> None:
     """Each picture is what it would be alone; the record and the memory are the last one's."""
     pipe = tiny.pipes[name]()
-    sizes = [(64, 96), (96, 64), (64, 64), (64, 96)]
+    sizes = [(64, 96), (96, 64), (64, 96)]
     alone = []
     for height, width in sizes:
         with token_reduction(pipe.pipe, config=settings()):
@@ -95,7 +92,7 @@ def test_batches_one_after_the_other(tiny: SimpleNamespace) -> None:
         assert len(reduction.steps) == 6
 
 
-@pytest.mark.parametrize("stop_after", [1, 3])
+@pytest.mark.parametrize("stop_after", [2])
 def test_an_interrupted_pipeline_starts_anew(pipe: Pipe, stop_after: int) -> None:
     def stop(pipeline: Any, step: int, *args: Any) -> dict[str, Any]:
         if step + 1 == stop_after:
@@ -442,8 +439,8 @@ def test_layerwise_casting_of_flux2_is_refused_with_dense_keys(tiny: SimpleNames
         apply_token_reduction(host.model, settings())
 
 
-@pytest.mark.parametrize(("scope", "order"), ORDERS)
-@pytest.mark.parametrize("offload_type", ["leaf_level", "block_level"])
+@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize(("scope", "offload_type"), [("attn", "leaf_level"), ("block", "block_level")])
 def test_group_offloading(host: Host, scope: Any, order: str, offload_type: str) -> None:
     if host.name == "dit":  # diffusers does not offer it there
         return
@@ -507,7 +504,7 @@ def test_offloading_that_goes_away_under_it_is_said(tiny: SimpleNamespace, caplo
     assert torch.equal(host.denoise(2), dense)
 
 
-@pytest.mark.parametrize("name", ["flux", "sd3", "z_image"])
+@pytest.mark.parametrize("name", ["flux", "sd3"])
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_model_offloading_is_renewed_after_every_call(name: str, order: str, tiny: SimpleNamespace) -> None:
     """What ``enable_model_cpu_offload`` does to the transformer, on this machine's only device."""
