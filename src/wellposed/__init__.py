@@ -18,11 +18,15 @@ __all__ = ["SAVED_CLASSES", "__version__"]
 __version__ = "0.1.0"
 
 SAVED_CLASSES: dict[str, str] = {
+    "AutoencoderDecQ": "wellposed.decq.autoencoder",
+    "DecQPipeline": "wellposed.decq.pipeline",
+    "DecQTransformer2DModel": "wellposed.decq.transformer",
     "FixedHeadsUNet2DModel": "wellposed.lgs.checkpoints",
     "LanczosDDPMPipeline": "wellposed.lgs.pipeline",
     "LanczosDDPMScheduler": "wellposed.lgs.scheduler",
     "LanczosFlowMatchScheduler": "wellposed.lgs.scheduler",
     "LeaveOneOutDDIMScheduler": "wellposed.udm.scheduler",
+    "ShiftedFlowScheduler": "wellposed.decq.scheduler",
     "UniformDiffusionPipeline": "wellposed.udm.pipeline",
     "UniformDiffusionScheduler": "wellposed.udm.scheduler",
     "UniformDiffusionTransformerModel": "wellposed.udm.transformer",

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-__all__ = ["ImageBatch", "TextBatch"]
+__all__ = ["ImageBatch", "LatentBatch", "TextBatch"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +18,21 @@ class ImageBatch:
     """
 
     images: Float[Tensor, "batch channels height width"]
+    labels: Int[Tensor, " batch"] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentBatch:
+    """What an autoencoder makes of images, with their classes where there are any.
+
+    Attributes:
+        latents: patch latents, channels first.
+        query_latents: further tokens, or None for an autoencoder without.
+        labels: class indices in [0, number of classes), or None for an unlabelled set.
+    """
+
+    latents: Float[Tensor, "batch channels height width"]
+    query_latents: Float[Tensor, "batch queries channels"] | None = None
     labels: Int[Tensor, " batch"] | None = None
 
 
