@@ -26,13 +26,19 @@ from transformers import PreTrainedTokenizerFast
 import wellposed
 from wellposed.data.tokenizers import byte_tokenizer
 from wellposed.hooks import full_covariance
-from wellposed.models import FixedHeadsUNet2DModel, UniformDiffusionTransformerModel
-from wellposed.pipelines import LanczosDDPMPipeline, UniformDiffusionPipeline
+from wellposed.models import (
+    AutoencoderDecQ,
+    DecQTransformer2DModel,
+    FixedHeadsUNet2DModel,
+    UniformDiffusionTransformerModel,
+)
+from wellposed.pipelines import DecQPipeline, LanczosDDPMPipeline, UniformDiffusionPipeline
 from wellposed.saving import write_remote_code
 from wellposed.schedulers import (
     LanczosDDPMScheduler,
     LanczosFlowMatchScheduler,
     LeaveOneOutDDIMScheduler,
+    ShiftedFlowScheduler,
     UniformDiffusionScheduler,
 )
 
@@ -105,6 +111,41 @@ def own_text_absorbing() -> DiffusionPipeline:
     return own_text("absorbing", absorbing_fusion="separate_linear", prediction_kind="denoiser")
 
 
+def own_latents() -> DiffusionPipeline:
+    autoencoder = AutoencoderDecQ(
+        encoder_hidden_size=16,
+        encoder_patch_size=4,
+        encoder_num_hidden_layers=2,
+        encoder_input_size=8,
+        encoder_config={"num_attention_heads": 2, "image_size": 8},
+        decoder_hidden_size=16,
+        decoder_num_hidden_layers=1,
+        decoder_num_attention_heads=2,
+        decoder_intermediate_size=16,
+        patch_size=4,
+        num_queries=3,
+        condenser_layers=(0, 1),
+        condenser_num_heads=2,
+    )
+    generator = DecQTransformer2DModel(
+        sample_size=2,
+        in_channels=16,
+        num_queries=3,
+        hidden_size=16,
+        num_layers=1,
+        num_attention_heads=2,
+        head_hidden_size=16,
+        head_num_layers=1,
+        head_num_attention_heads=2,
+        num_classes=2,
+    )
+    return DecQPipeline(autoencoder, generator, ShiftedFlowScheduler(shift=1.5))
+
+
+def sample_own_latents(pipe: Any, generator: torch.Generator) -> Tensor:
+    return pipe([0, 1], num_inference_steps=3, generator=generator, output_type="pt").images
+
+
 def stock_gemma() -> DiffusionPipeline:
     # Without its model: diffusers 0.42 itself cannot load what it has saved of it, transformers' class lying in a
     # folder called like one of its pipelines.
@@ -151,6 +192,10 @@ class Home:
 
 # Frozen: a name may be added, with its pipeline. To remove or rename one is to break every checkpoint that carries it.
 HOMES = {
+    **dict.fromkeys(
+        ("AutoencoderDecQ", "DecQPipeline", "DecQTransformer2DModel", "ShiftedFlowScheduler"),
+        Home(build=own_latents, sample=sample_own_latents, loader="wellposed.pipelines", change=("shift", 2.5)),
+    ),
     "FixedHeadsUNet2DModel": Home(build=stock_ddpm_with_fixed_heads, sample=sample_stock_ddpm, loader="diffusers"),
     "LanczosDDPMPipeline": Home(build=own_ddpm, sample=sample_own_ddpm, loader="wellposed.pipelines"),
     "LanczosDDPMScheduler": Home(build=stock_ddpm, sample=sample_stock_ddpm, loader="diffusers"),

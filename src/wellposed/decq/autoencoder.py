@@ -13,7 +13,7 @@ decoder's blocks are diffusers' own.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -71,7 +71,7 @@ class DecQDecoder(RAEDecoder):
         sizes: further arguments of ``RAEDecoder``.
     """
 
-    def __init__(self, num_queries: int, hidden_size: int, decoder_hidden_size: int, **sizes: int) -> None:
+    def __init__(self, num_queries: int, hidden_size: int, decoder_hidden_size: int, **sizes: Any) -> None:
         super().__init__(hidden_size=hidden_size, decoder_hidden_size=decoder_hidden_size, **sizes)
         self.num_queries = num_queries
         if num_queries:
@@ -305,7 +305,9 @@ class AutoencoderDecQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin)
         latent = self._normalized(patches, "_latents")
         return latent, None if queries is None else self._normalized(queries, "_query_latents")
 
-    def _add_noise(self, patches: Tensor, queries: Tensor | None, generator: Generators) -> tuple[Tensor, Tensor | None]:
+    def _add_noise(
+        self, patches: Tensor, queries: Tensor | None, generator: Generators
+    ) -> tuple[Tensor, Tensor | None]:
         """One standard deviation for each image, and independent normal numbers for patches and queries."""
         drawn = list(generator) if isinstance(generator, Sequence) else generator
         like: dict[str, Any] = {"device": patches.device, "dtype": patches.dtype}
@@ -461,7 +463,7 @@ class AutoencoderDecQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin)
 
     # --- loading, saving, freezing
 
-    def train(self, mode: bool = True) -> Self:
+    def train(self, mode: bool = True) -> "AutoencoderDecQ":
         """Training mode for all but the frozen encoder."""
         super().train(mode)
         self.encoder.eval()
@@ -485,7 +487,8 @@ class AutoencoderDecQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin)
         )
         if config.get("_class_name") == "AutoencoderRAE":
             kwargs = {"num_queries": 0, **kwargs}
-        model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        model, info = loaded
         if info["missing_keys"]:
             missing = sorted(info["missing_keys"])
             raise ValueError(
@@ -510,9 +513,10 @@ class AutoencoderDecQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin)
             config: fields of ours, e.g. ``num_queries=8, condenser_layers=(0, 3, 6, 9)``; ``num_queries`` is 0 if it is
                 not given.
         """
-        fields = {name: value for name, value in rae.config.items() if not name.startswith("_")}
+        fields: dict[str, Any] = {name: value for name, value in rae.config.items() if not name.startswith("_")}
         fields |= {"latents_mean": rae._latents_mean, "latents_std": rae._latents_std}
-        model = cls(**{"num_queries": 0, **fields, **config})
+        fields = {"num_queries": 0, **fields, **config}
+        model = cls(**fields)
         model._take_weights(rae.state_dict())
         return _in_dtype_of(rae, model)
 
@@ -533,7 +537,9 @@ class AutoencoderDecQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin)
         if not isinstance(encoder, nn.Module):
             import transformers
 
-            encoder = cast(nn.Module, getattr(transformers, ENCODERS[encoder_type].model_class).from_pretrained(encoder))
+            encoder = cast(
+                nn.Module, getattr(transformers, ENCODERS[encoder_type].model_class).from_pretrained(encoder)
+            )
         described: Any = encoder.config
         sizes = {"hidden_size", "patch_size", "num_hidden_layers"}
         drop = {*sizes, "architectures", "transformers_version", "dtype", "model_type", "id2label", "label2id"}
@@ -541,14 +547,15 @@ class AutoencoderDecQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin)
         entries |= {"num_attention_heads": described.num_attention_heads}
         if hasattr(described, "image_size"):
             entries["image_size"] = described.image_size
-        fields = {
+        fields: dict[str, Any] = {
             "encoder_type": encoder_type,
             "encoder_hidden_size": described.hidden_size,
             "encoder_patch_size": described.patch_size,
             "encoder_num_hidden_layers": described.num_hidden_layers,
             "encoder_config": {name: value for name, value in entries.items() if not name.startswith("_")},
         }
-        model = cls(**{**fields, **config})
+        fields |= config
+        model = cls(**fields)
         norm = ENCODERS[encoder_type].norm
         weights = {name: w for name, w in encoder.state_dict().items() if not name.startswith(f"{norm}.")}
         model.encoder.load_state_dict(weights)
@@ -589,8 +596,8 @@ class AutoencoderDecQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin)
             rae.load_state_dict(self.state_dict())
         except RuntimeError as error:
             raise ValueError(
-                f"AutoencoderRAE builds another encoder of these sizes than encoder_config = {config['encoder_config']} "
-                "asks for; save without as_rae"
+                "AutoencoderRAE builds another encoder of these sizes than encoder_config = "
+                f"{config['encoder_config']} asks for; save without as_rae"
             ) from error
         return _in_dtype_of(self, rae)
 

@@ -102,8 +102,8 @@ class VisionEncoder:
 
     def frozen(self, model: nn.Module) -> nn.Module:
         """The model without gradients and without weights in its final norm."""
-        norm = model.get_submodule(self.norm)
-        norm.weight = norm.bias = None  # pyright: ignore[reportAttributeAccessIssue]
+        norm: Any = model.get_submodule(self.norm)
+        norm.weight = norm.bias = None
         return model.requires_grad_(False).eval()
 
 

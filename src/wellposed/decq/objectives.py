@@ -4,8 +4,8 @@ Stage one, over everything but the frozen encoder:
 
     L = |x - x'|_1 + w_p Perceptual(x, x') + w_a c L_G,    c = |grad_last (L1 + w_p Perceptual)| / |grad_last L_G|,
 
-with ``last`` the decoder's last matrix, L_G = -mean D(T x'), and D trained by the hinge loss on real images and on fresh
-reconstructions of the updated autoencoder in evaluation mode, rounded to 8 bits (no latent noise).
+with ``last`` the decoder's last matrix, L_G = -mean D(T x'), and D trained by the hinge loss on real images and on
+fresh reconstructions of the updated autoencoder in evaluation mode, rounded to 8 bits (no latent noise).
 
 Stage two, over the generator: flow matching on patches and queries at one shared time,
 

@@ -158,9 +158,7 @@ class DecQPipeline(DiffusionPipeline):
     def _predicted(self, network: DecQTransformer2DModel, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         latent, queries = self.vae.unpack(x.to(network.dtype))
         with network.cache_context("guide" if network is self.guide else "generator"):
-            velocities = network(
-                latent, t.expand(len(x)), labels, query_hidden_states=queries, return_dict=False
-            )
+            velocities = network(latent, t.expand(len(x)), labels, query_hidden_states=queries, return_dict=False)
         return self.vae.pack(*velocities).to(x.dtype)
 
     def _decoded(self, latent: Tensor, queries: Tensor | None, discard_queries: bool) -> Tensor:
@@ -200,17 +198,16 @@ class DecQPipeline(DiffusionPipeline):
 
     def _labels(self, class_labels: Any, num_images: int, device: torch.device) -> Tensor:
         asked = [class_labels] if isinstance(class_labels, int | str) else list(class_labels)
-        names = {name: int(number) for number, name in (self.config.id2label or {}).items()}
+        names = {name: int(number) for number, name in (self.config["id2label"] or {}).items()}
         known = self.transformer.config.num_classes
         numbers: list[int] = []
         for label in asked:
-            if isinstance(label, str):
-                if label not in names:
-                    raise ValueError(f"there is no class {label!r}; give a number below {known} or one of {list(names)}")
-                label = names[label]
-            if not 0 <= int(label) < known:
+            if isinstance(label, str) and label not in names:
+                raise ValueError(f"there is no class {label!r}; give a number below {known} or one of {list(names)}")
+            number = names[label] if isinstance(label, str) else int(label)
+            if not 0 <= number < known:
                 raise ValueError(f"class {label} is none of 0 to {known - 1}")
-            numbers += [int(label)] * num_images
+            numbers += [number] * num_images
         if not numbers:
             raise ValueError("give at least one class label, and num_images_per_class at least 1")
         return torch.tensor(numbers, device=device)
@@ -256,6 +253,6 @@ def _check_patch_decoder(decoder: AutoencoderDecQ, vae: AutoencoderDecQ) -> None
     if decoder.config["num_queries"] or decoder.grid != vae.grid or different:
         raise ValueError(
             "patch_decoder must be a plain RAE (num_queries=0) on the same patch latents; it has "
-            f"{decoder.config['num_queries']} queries, {decoder.grid} patches in a row (the autoencoder {vae.grid}) and "
-            f"another {', '.join(different) or 'nothing'}"
+            f"{decoder.config['num_queries']} queries, {decoder.grid} patches in a row (the autoencoder {vae.grid}) "
+            f"and another {', '.join(different) or 'nothing'}"
         )

@@ -190,7 +190,9 @@ class DecQTransformerBlock(nn.Module):
         """The stream after this block."""
         changes = self.modulation(nn.functional.silu(conditioning))
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = changes.chunk(6, dim=-1)
-        hidden_states = hidden_states + gate_1 * self.attn(modulate(self.norm1(hidden_states), shift_1, scale_1), cos, sin)
+        hidden_states = hidden_states + gate_1 * self.attn(
+            modulate(self.norm1(hidden_states), shift_1, scale_1), cos, sin
+        )
         return hidden_states + gate_2 * self.mlp(modulate(self.norm2(hidden_states), shift_2, scale_2))
 
 
@@ -212,7 +214,7 @@ class FourierTimeEmbedding(nn.Module):
         frequencies = cast(Tensor, self.frequencies)
         angles = 2 * torch.pi * t.to(frequencies.dtype)[:, None] * frequencies
         features = torch.cat([angles.sin(), angles.cos()], dim=-1)
-        return self.mlp(features.to(self.mlp[0].weight.dtype))
+        return self.mlp(features.to(cast(nn.Linear, self.mlp[0]).weight.dtype))
 
 
 class TokenProjection(nn.Module):
@@ -389,9 +391,7 @@ class DecQTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin
         self._check_inputs(hidden_states, query_hidden_states)
         patches = hidden_states.flatten(2).transpose(1, 2)
         condition = self._trunk(patches, query_hidden_states, timestep, class_labels)
-        hidden = self._blocks(
-            self.head_blocks, self.head_projection(patches, query_hidden_states), condition, "head_"
-        )
+        hidden = self._blocks(self.head_blocks, self.head_projection(patches, query_hidden_states), condition, "head_")
         shift, scale = self.modulation_out(nn.functional.silu(condition)).chunk(2, dim=-1)
         velocity = self.proj_out(modulate(self.norm_out(hidden), shift, scale))
         sample, queries = velocity.split([patches.shape[1], velocity.shape[1] - patches.shape[1]], dim=1)
