@@ -11,12 +11,13 @@ A frequency penalty is meant against blocking. Its table has PSNR, gradient ener
 over that inside relative to the dense image, and how evenly tokens are dropped.
 
     python benchmarks/dito_quality.py                                 # digits and photographs; trained if missing
-    python benchmarks/dito_quality.py --sets cifar10 --data FOLDER    # the longer run, on CIFAR-10
+    python benchmarks/dito_quality.py --sets mnist_dit --data ../shared/data  # a DiT that others trained, on MNIST
+    python benchmarks/dito_quality.py --sets cifar10 --data ../shared/data    # the longer run, on CIFAR-10
     python benchmarks/dito_quality.py --pipeline PATH --preset flux_1024 --prompts FILE --device cuda --dtype bfloat16
 
-FOLDER holds ``loaders.py``, ``cifar10/`` and ``cifar_resnet/``; FILE has a prompt in each line; PATH is what
-``DiffusionPipeline.from_pretrained`` takes. A pipeline's images are compared with its own dense ones; FID is left to
-those who have 50,000 of them.
+The folder of data holds ``loaders.py`` and, for each set, ``mnist/`` and ``mnist_dit/``, or ``cifar10/`` and
+``cifar_resnet/``; FILE has a prompt in each line; PATH is what ``DiffusionPipeline.from_pretrained`` takes. A
+pipeline's images are compared with its own dense ones; FID is left to those who have 50,000 of them.
 """
 
 import argparse
@@ -29,14 +30,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline, DiTTransformer2DModel
+from diffusers.models.attention import BasicTransformerBlock
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
 from wellposed.data.images import ImageDataset, StoredPixels
 from wellposed.data.pictures import save_image_grid
 from wellposed.dito.config import Scope, TokenReductionConfig
-from wellposed.evaluation.features import FeatureExtractor
+from wellposed.evaluation.features import FeatureExtractor, unit_images
+from wellposed.evaluation.frechet import FeatureStatistics, frechet_floor
 from wellposed.evaluation.speed import Comparison
 from wellposed.recipes.ddpm_recipe import FeatureEvaluation
 from wellposed.recipes.device import resolved_device
@@ -60,7 +64,7 @@ from wellposed.recipes.dito_comparison import (
     shorter_contenders,
     targets,
 )
-from wellposed.recipes.flow_draw import load_flow
+from wellposed.recipes.flow_draw import image_noise, load_flow
 from wellposed.recipes.flow_evaluate import real_images
 from wellposed.recipes.flow_recipe import FlowRecipe
 from wellposed.report.record import write_result
@@ -75,7 +79,7 @@ STACKED_THRESHOLD = 0.1
 JUDGED_RATIO = 0.5
 # Many more images than PSNR takes: those of whole blocks, and of attention what the published scope is.
 JUDGED = {
-    None: {"14 steps", "cache 0.2", "TaylorSeer 2"},
+    None: {"14 steps", "25 steps", "cache 0.2", "TaylorSeer 2"},
     "attn": {"paper", "tomesd"},
     "block": {
         *("paper", "default", "tomesd", "tofu", "sito", "toma", "random", "tomesd + dense steps", "default by chance"),
@@ -195,6 +199,141 @@ def cifar10(folder: Path) -> FlowRecipe:
         training=replace(base.training, max_steps=100_000, batch_size=128, learning_rate=1e-3),
         evaluation=FeatureEvaluation(num_samples=2000, extractor=extractor),
     )
+
+
+class TimeAndClass(nn.Module):
+    """What the published DiT of MNIST is conditioned on, where diffusers' blocks look for theirs."""
+
+    def __init__(self, weights: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.register_buffer("frequencies", weights["time_emb.0.half_emb"])
+        self.first = _linear(weights["time_emb.1.weight"], weights["time_emb.1.bias"])
+        self.second = _linear(weights["time_emb.3.weight"], weights["time_emb.3.bias"])
+        self.labels = nn.Embedding.from_pretrained(weights["label_emb.weight"])
+
+    def forward(self, timestep: Tensor, class_labels: Tensor, hidden_dtype: torch.dtype | None = None) -> Tensor:
+        """The sum of both embeddings."""
+        angle = timestep[:, None].float() * self.frequencies
+        hidden = functional.relu(self.first(torch.cat([angle.sin(), angle.cos()], -1)))
+        return self.second(hidden) + self.labels(class_labels)
+
+
+def published_dit(weights: dict[str, Tensor]) -> DiTTransformer2DModel:
+    """The class-conditional DiT of MNIST (28 x 28, 49 tokens, three blocks, four heads of 64) as diffusers' own.
+
+    The same function in other parameters: the affine part of a LayerNorm goes into the modulation after it, scores
+    divided by 7 instead of 8 into the queries, the two layers of its patch embedding into one.
+    """
+    width, patch, heads = 64, 4, 4
+    model = DiTTransformer2DModel(
+        num_attention_heads=1,
+        attention_head_dim=width,
+        in_channels=1,
+        num_layers=1,
+        sample_size=28,
+        patch_size=patch,
+        num_embeds_ada_norm=10,
+    )
+    model.transformer_blocks = nn.ModuleList(
+        BasicTransformerBlock(
+            width,
+            heads,
+            width,
+            num_embeds_ada_norm=10,
+            attention_bias=True,
+            norm_type="ada_norm_zero",
+            norm_elementwise_affine=False,
+        )
+        for _ in range(3)
+    )
+    embedding = TimeAndClass(weights)
+    for index, block in enumerate(model.transformer_blocks):
+        own = {
+            name.removeprefix(f"dits.{index}."): w for name, w in weights.items() if name.startswith(f"dits.{index}")
+        }
+        parts = [part for half in ("1", "2") for part in _modulation(own, half)]
+        block.norm1.emb, block.norm1.silu, block.norm1.norm.eps = embedding, nn.Identity(), 1e-5
+        block.norm1.linear = _linear(*(torch.cat(part) for part in zip(*parts, strict=True)))
+        block.attn1.to_q = _linear(own["wq.weight"] * 8 / 7, own["wq.bias"] * 8 / 7)
+        block.attn1.to_k = _linear(own["wk.weight"], own["wk.bias"])
+        block.attn1.to_v = _linear(own["wv.weight"], own["wv.bias"])
+        block.attn1.to_out[0] = _linear(own["lv.weight"], own["lv.bias"])
+        layers = [_linear(own[f"ff.{layer}.weight"], own[f"ff.{layer}.bias"]) for layer in (0, 2)]
+        block.ff = nn.Sequential(layers[0], nn.ReLU(), layers[1])
+    last = weights["patch_emb.weight"]
+    model.pos_embed.proj.weight.data = torch.einsum("oi,i...->o...", last, weights["conv.weight"])
+    model.pos_embed.proj.bias.data = last @ weights["conv.bias"] + weights["patch_emb.bias"]
+    model.pos_embed.pos_embed = weights["patch_pos_emb"]
+    model.norm_out.eps = 1e-5
+    model.proj_out_1 = _linear(torch.zeros(2 * width, width), torch.cat([weights["ln.bias"], weights["ln.weight"] - 1]))
+    model.proj_out_2 = _linear(weights["linear.weight"], weights["linear.bias"])
+    return model.eval().requires_grad_(False)
+
+
+def _modulation(own: dict[str, Tensor], half: str) -> list[tuple[Tensor, Tensor]]:
+    """(weight, bias) of shift, scale and gate: (w n + b)(1 + gamma) + beta = n (1 + scale) + shift."""
+    w, b = own[f"ln{half}.weight"], own[f"ln{half}.bias"]
+    (gamma, gamma_0), (beta, beta_0), gate = (
+        (own[f"{name}{half}.weight"], own[f"{name}{half}.bias"]) for name in ("gamma", "beta", "alpha")
+    )
+    shift = b[:, None] * gamma + beta, b * (1 + gamma_0) + beta_0
+    return [shift, (w[:, None] * gamma, w * (1 + gamma_0) - 1), gate]
+
+
+def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0])
+    layer.weight.data, layer.bias.data = weight, bias
+    return layer
+
+
+def mnist_dit(folder: Path, budget: Budget, device: str) -> Bench:
+    """A DiT of digits that nobody here trained: 50 steps of DDIM, judged by a classifier of MNIST."""
+    loaders, place = _module(folder / "loaders.py"), resolved_device(device)
+    weights = load_file(folder / "mnist_dit/mnist_dit_classcond.safetensors")
+    network = published_dit(weights)
+    example = torch.randn(2, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    time, label = torch.tensor([30, 900]), torch.tensor([3, 8])
+    found = network(example, timestep=time, class_labels=label).sample
+    torch.testing.assert_close(found, loaders.mnist_dit(weights, example, time, label), rtol=1e-4, atol=1e-4)
+    network.to(place)
+    scheduler = DDIMScheduler(beta_start=1e-4, beta_end=2e-2, beta_schedule="linear")
+
+    @torch.no_grad()
+    def draw(seed: int, steps: int, count: int) -> Tensor:
+        scheduler.set_timesteps(steps, device=place)
+        images: list[Tensor] = []
+        for numbers in (range(start, min(start + 100, count)) for start in range(0, count, 100)):
+            x, labels = image_noise(seed, numbers, (1, 28, 28), place), torch.tensor(numbers, device=place) % 10
+            for timestep in scheduler.timesteps:
+                noise = network(x, timestep=timestep.expand(len(x)), class_labels=labels).sample
+                x = scheduler.step(noise, timestep, x).prev_sample
+            images.append(unit_images(x))
+        return torch.cat(images)
+
+    subject = Subject(name="mnist_dit", transformer=network, draw=draw, num_inference_steps=50, cell=(8, 8))
+    card = {"weights": "mnist_dit_classcond.safetensors (Franfee/DM-DiT-DDPM-MNIST, MIT)"}
+    if budget.judged == 0:
+        return Bench(subject=subject, judge=None, card=card)
+    classifier = {
+        name: w.to(place) for name, w in load_file(folder / "mnist/classifier_selftrained.safetensors").items()
+    }
+    extractor = FeatureExtractor(
+        function=lambda x: loaders.small_clf(classifier, x, feats=True),
+        name="small classifier of MNIST",
+        weights_hash="classifier_selftrained.safetensors",
+        device=place,
+    )
+    with np.load(folder / "mnist/mnist.npz") as arrays:
+        digits = torch.from_numpy(arrays["x_test"])[:, None].float() / 255
+    features = torch.cat([part.cpu() for part in extractor.batches(digits)])
+    card |= {
+        "extractor": extractor.name,
+        "reference": "MNIST (test)",
+        "images_each_seed": budget.judged,
+        "floor": frechet_floor(features, num_images=budget.judged, generator=torch.Generator().manual_seed(0)),
+    }
+    reference = FeatureStatistics.from_features(features)
+    return Bench(subject=subject, judge=Judge(extractor=extractor, reference=reference), card=card)
 
 
 def _module(path: Path) -> Any:
@@ -351,9 +490,9 @@ def print_targets(found: Sequence[Target]) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs, prints, writes ``benchmarks/results``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sets", nargs="+", choices=["digits", "photographs", "cifar10"])
+    parser.add_argument("--sets", nargs="+", choices=["digits", "photographs", "mnist_dit", "cifar10"])
     parser.add_argument("--runs", type=Path, default=Path("runs/dito_quality"), help="trained transformers")
-    parser.add_argument("--data", type=Path, help="folder with CIFAR-10")
+    parser.add_argument("--data", type=Path, help="folder with MNIST and a DiT of it, and CIFAR-10")
     parser.add_argument("--train-steps", type=int, help="of transformers that are not trained yet")
     parser.add_argument("--pipeline", help="a pipeline of diffusers, instead of --sets")
     parser.add_argument("--prompts", type=Path, help="a prompt in each line")
@@ -430,10 +569,12 @@ def benches(parser: argparse.ArgumentParser, chosen: argparse.Namespace, budget:
     if chosen.data is not None:
         recipes["cifar10"] = (lambda: cifar10(chosen.data), None)
     wanted = chosen.sets or ["digits", "photographs"]
-    if not set(wanted) <= recipes.keys():
-        parser.error("--sets cifar10 needs --data FOLDER")
+    if chosen.data is None and not set(wanted) <= recipes.keys():
+        parser.error("--sets mnist_dit and --sets cifar10 need --data FOLDER")
     return [
-        trained(
+        mnist_dit(chosen.data, budget, chosen.device)
+        if name == "mnist_dit"
+        else trained(
             name,
             recipes[name][0](),
             chosen.train_steps or recipes[name][1],
