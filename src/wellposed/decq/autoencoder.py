@@ -437,6 +437,10 @@ class AutoencoderDecQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin)
         """The inverse of :meth:`normalize_patches`: without statistics and scaling factor."""
         return self._denormalized(latent, "_latents")
 
+    def denormalize_queries(self, latent: Float[Tensor, "batch queries width"]) -> Float[Tensor, "batch queries width"]:
+        """Query latents without statistics and scaling factor, as the condensers leave them."""
+        return self._denormalized(latent, "_query_latents")
+
     def _register_statistics(
         self, name: str, shape: Sequence[int] | None, mean: Tensor | None = None, std: Tensor | None = None
     ) -> None:
