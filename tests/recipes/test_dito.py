@@ -26,6 +26,7 @@ from wellposed.recipes.flow_draw import (
     unpack_images,
 )
 from wellposed.recipes.flow_evaluate import score_flow
+from wellposed.recipes.flow_observe import observe_flow
 from wellposed.recipes.flow_recipe import FlowRecipe
 from wellposed.recipes.optimize import seeded_network
 from wellposed.recipes.picture_features import picture_features
@@ -179,6 +180,14 @@ def test_recipe_end_to_end(tmp_path: Path) -> None:
     table = recipe.evaluate(run, device="cpu", resume=True)
     assert table.metrics == {"Frechet distance T=2": scores[0].value, "Frechet distance T=3": scores[1].value}
     assert score_flow(recipe, run, count=12, steps=2, device="cpu")[0].floor is None
+    outputs = json.loads((run / "outputs.json").read_text())
+    assert {scope: watched["num_steps"] for scope, watched in outputs.items()} == {"attn": 3, "block": 3}
+    assert [len(row) for row in outputs["block"]["pair_match_ratio"]] == [2, 1, 0, 0]
+    (run / "outputs.json").write_text("{}")
+    recipe.evaluate(run, device="cpu", resume=True)
+    assert (run / "outputs.json").read_text() == "{}", "what is kept is not made again"
+    with pytest.raises(ValueError, match="takes at least 2"):
+        observe_flow(recipe, run, steps=1)
 
 
 def test_training_goes_on_where_it_stopped(tmp_path: Path) -> None:

@@ -161,3 +161,34 @@ def test_smoothing_is_a_mean_over_neighbours():
     assert smoothed([1.0, 2.0, 6.0, math.nan], 3) == [1.5, 3.0, 4.0, 6.0]
     assert math.isnan(smoothed([math.nan], 3)[0])
     assert smoothed([4.0] * 9, 5) == [4.0] * 9
+
+
+def test_what_persists_in_a_run_is_drawn(tmp_path):
+    """Two steps of a transformer of two blocks: one gap that has a value, and one that is longer than the run."""
+    watched = {
+        "ratio": 0.5,
+        "gaps": [1, 2],
+        "num_steps": 2,
+        "sites": ["blocks.0", "blocks.1"],
+        "pair_match_ratio": [[0.75], []],
+        "persistence": [[0.9], []],
+        "input_output_correlation": [0.5, None],
+        "earlier_output_error": [[0.02], []],
+        "output_error": [0.01, 0.01],
+        "input_error": [0.1, 0.1],
+        "random_error": [0.2, 0.2],
+        "site_pair_match_ratio": {"blocks.0": [0.8, None], "blocks.1": [0.7, None]},
+        "site_recovery_error": {"blocks.0": [0.02, None], "blocks.1": [0.02, None]},
+    }
+    folder = make_run(tmp_path / "run")
+    (folder / "outputs.json").write_text(json.dumps({"attn": watched, "block": watched}))
+    html = report_runs([folder, make_run(tmp_path / "other")], tmp_path / "r.html").read_text()
+    section = html.split('<section id="persistence">')[1].split("</section>")[0]
+    assert section.count("data:image/svg+xml") == 4
+    assert "After 1 step 75% of the pairs would be chosen again" in section
+    assert "2 times the error of new ones" in section
+    assert "<strong>run</strong>" in section
+    assert "<strong>other</strong>" not in section
+    (folder / "outputs.json").write_text("{")
+    with pytest.raises(ValueError, match=r"outputs\.json is damaged"):
+        read_run(folder)

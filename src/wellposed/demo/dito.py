@@ -9,8 +9,7 @@ from torch import Tensor
 from wellposed.data.pictures import save_image_grid
 from wellposed.demo.settings import DemoSettings
 from wellposed.demo.stages import Stages
-from wellposed.dito.config import Scope, TokenReductionConfig
-from wellposed.dito.observe import observe_outputs
+from wellposed.dito.config import TokenReductionConfig
 from wellposed.recipes.device import resolved_device
 from wellposed.recipes.dito import dito_tiny
 from wellposed.recipes.dito_comparison import (
@@ -28,11 +27,11 @@ from wellposed.recipes.dito_comparison import (
     shorter_contenders,
 )
 from wellposed.recipes.flow_draw import load_flow
+from wellposed.recipes.flow_observe import output_statistics
 
 __all__ = [
     "CONTROLS",
     "PICTURED",
-    "SCOPES",
     "STYLES",
     "output_study",
     "penalty_study",
@@ -61,8 +60,6 @@ PICTURED = ("dense", "default", "dense K/V", "paper", "tomesd", "sito", "toma", 
 
 COLUMNS = 6
 CROPS = 3
-
-SCOPES: tuple[Scope, ...] = ("attn", "block")
 
 CROP = slice(8, 24)
 
@@ -141,12 +138,10 @@ def output_study(stages: Stages, settings: DemoSettings, subject: Subject) -> di
     """How far outputs, their similarities and the pairs they choose persist from step to step, in both scopes."""
 
     def compute(folder: Path) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for scope in SCOPES:
-            with observe_outputs(subject.transformer, scope=scope, seed=stages.seed) as observed:
-                subject.draw(stages.seed, settings.reduction_steps, settings.reduction_images)
-            found[scope] = observed.summary().to_dict()
-        return found
+        def generate() -> Tensor:
+            return subject.draw(stages.seed, settings.reduction_steps, settings.reduction_images)
+
+        return output_statistics(subject.transformer, generate, seed=stages.seed)
 
     return dict(stages.run("outputs", "Observing a dense generation", _common(settings), compute).metrics)
 

@@ -134,19 +134,25 @@ class FlowRecipe(Recipe):
         on_progress: OnProgress = no_progress,
         **options: Any,
     ) -> ScoreTable:
-        """See :func:`wellposed.recipes.flow_evaluate.score_flow`."""
+        """See :func:`wellposed.recipes.flow_evaluate.score_flow`; also keeps what token reduction can build on, see
+        :func:`wellposed.recipes.flow_observe.observe_flow`.
+        """
         from wellposed.recipes.flow_evaluate import score_flow, score_table
+        from wellposed.recipes.flow_observe import observe_flow
+        from wellposed.recipes.run_folder import open_run
 
-        return score_table(
-            score_flow(
-                self,
-                run,
-                count=count,
-                steps=steps,
-                seed=seed,
-                device=device,
-                resume=resume,
-                on_progress=on_progress,
-                **options,
-            )
+        scores = score_flow(
+            self,
+            run,
+            count=count,
+            steps=steps,
+            seed=seed,
+            device=device,
+            resume=resume,
+            on_progress=on_progress,
+            **options,
         )
+        is_kept = resume and open_run(run).outputs_file.is_file()
+        if steps != 1 and not is_kept:
+            observe_flow(self, run, steps=steps, seed=seed, device=device)
+        return score_table(scores)

@@ -10,6 +10,7 @@
                        pipeline's class: ``LanczosDDPMPipeline``, ``UniformDiffusionPipeline``
 ``samples/``           grids of images or sheets of texts, and in folders beside them the single ones
 ``scores.json``        scores with their cards
+``outputs.json``       for transformers: how far their outputs persist from step to step
 =====================  =====================================================================================
 """
 
@@ -60,6 +61,11 @@ class RunFolder:
     def scores_file(self) -> Path:
         """Scores."""
         return self.path / "scores.json"
+
+    @property
+    def outputs_file(self) -> Path:
+        """What a dense run said about token reduction."""
+        return self.path / "outputs.json"
 
     def settings(self) -> dict[str, Any]:
         """The resolved settings.

@@ -1,8 +1,9 @@
 """The page of one or several runs, made from what they left in their folders.
 
 A run's folder may hold ``record.json`` (:mod:`wellposed.report.record`), ``metrics.jsonl`` (one JSON object a line,
-written by the training loop) and ``validation.jsonl`` (the same for what is measured at checkpoints), pictures
-``*.png`` in it or in ``samples/``, and texts ``*.txt`` in ``samples/``. What is missing is left out.
+written by the training loop) and ``validation.jsonl`` (the same for what is measured at checkpoints), ``outputs.json``
+(:mod:`wellposed.report.outputs`), pictures ``*.png`` in it or in ``samples/``, and texts ``*.txt`` in ``samples/``.
+What is missing is left out.
 """
 
 import json
@@ -14,6 +15,7 @@ from html import escape
 from pathlib import Path
 from typing import Any, cast
 
+from wellposed.report.outputs import OUTPUTS_FILE, persistence_items
 from wellposed.report.page import Cell, Column, Figure, Item, Page, Section, Table, write_page
 from wellposed.report.pictures import INK, Picture, read_png
 from wellposed.report.plots import Series, draw, lines
@@ -43,6 +45,7 @@ class Run:
         steps: the lines of ``metrics.jsonl`` and ``validation.jsonl``.
         pictures: sample grids with the names of their files, the last written first.
         texts: sampled texts with the names of their files, the last written first.
+        outputs: what token reduction can build on, by scope.
     """
 
     name: str
@@ -50,6 +53,7 @@ class Run:
     steps: tuple[Mapping[str, Any], ...]
     pictures: tuple[tuple[str, Picture], ...]
     texts: tuple[tuple[str, str], ...] = ()
+    outputs: Mapping[str, Any] | None = None
 
 
 def report_runs(folders: Sequence[Path], out: Path) -> Path:
@@ -65,7 +69,13 @@ def report_runs(folders: Sequence[Path], out: Path) -> Path:
     if not folders:
         raise ValueError("no runs to report; name at least one run folder")
     runs = _with_distinct_names([read_run(folder) for folder in folders], folders)
-    candidates = [_metrics_section(runs), _curves_section(runs), _samples_section(runs), _settings_section(runs)]
+    candidates = [
+        _metrics_section(runs),
+        _curves_section(runs),
+        _samples_section(runs),
+        _outputs_section(runs),
+        _settings_section(runs),
+    ]
     records = [run.record for run in runs if run.record is not None]
     names = ", ".join(f"`{run.name}`" for run in runs)
     unfinished = [f"`{run.name}`" for run in runs if run.record is None]
@@ -104,7 +114,17 @@ def read_run(folder: Path) -> Run:
         steps=tuple(row for file in metrics for row in read_metrics(file)),
         pictures=tuple((path.stem, read_png(path)) for path in pictures),
         texts=tuple((path.stem, path.read_text(encoding="utf-8", errors="replace")) for path in texts),
+        outputs=_read_outputs(folder / OUTPUTS_FILE),
     )
+
+
+def _read_outputs(path: Path) -> Mapping[str, Any] | None:
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); remove it, and evaluate the run again") from error
 
 
 def _latest(files: list[Path], count: int) -> list[Path]:
@@ -227,6 +247,14 @@ def _samples_section(runs: Sequence[Run]) -> Section | None:
         if run.texts:
             items.append(_samples_figure(run.name, [(name, text_picture(text), text) for name, text in run.texts]))
     return Section(id="samples", title="Samples", items=tuple(items)) if items else None
+
+
+def _outputs_section(runs: Sequence[Run]) -> Section | None:
+    items: list[Item] = []
+    for run in runs:
+        if run.outputs is not None:
+            items += [f"**{run.name}**", *persistence_items(run.outputs)]
+    return Section(id="persistence", title="What persists from step to step", items=tuple(items)) if items else None
 
 
 def _samples_figure(run: str, samples: Sequence[tuple[str, Picture, str]]) -> Figure:
