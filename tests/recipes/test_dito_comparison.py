@@ -12,8 +12,10 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from wellposed.dito.config import Scope, TokenReductionConfig
+from wellposed.evaluation.blocking import blocking
 from wellposed.evaluation.features import FeatureExtractor
 from wellposed.evaluation.frechet import feature_statistics
+from wellposed.recipes import dito_comparison
 from wellposed.recipes.dito import small_flux
 from wellposed.recipes.dito_comparison import (
     INPUT_CONTROLS,
@@ -36,6 +38,7 @@ from wellposed.recipes.dito_comparison import (
 )
 from wellposed.recipes.flow_draw import FlowSampler
 from wellposed.recipes.optimize import seeded_network
+from wellposed.training.context import derived_seed
 
 ROOT = Path(__file__).parents[2]
 SIZE, STEPS = 16, 6
@@ -181,6 +184,7 @@ def test_a_penalty_spreads_the_load(subject: Subject) -> None:
     assert (free.ratio, free.penalty, evened.penalty) == (0.5, 0.0, 5.0)
     assert evened.gini < free.gini and evened.most < free.most == 1
     assert len(free.psnr) == len(free.blocking) == 2
+    assert free.latent_blocking == free.blocking, "pixels are its latents"
     # In three intervals of half of the tokens each, some token is dropped in two at least.
     assert evened.most >= 2 / 3
 
@@ -275,3 +279,31 @@ def test_prompts_and_sizes_of_a_pipeline() -> None:
     shorter = shorter_contenders((1,))
     dense, other = compare(subject, shorter, seeds=(0,), num_images=1)
     assert (dense.name, other.flops) == ("dense", 0.5) and other.mean_psnr < 100
+
+
+def test_borders_in_the_latents_of_a_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A window has 32 x 32 pixels and 4 x 4 latents: what the decoder is given is what the pipeline ends with."""
+    pipe = loaded(ROOT / "examples" / "dito_flux.py").tiny_flux()
+    pipe.set_progress_bar_config(disable=True)
+    call = {"height": 64, "width": 64, "max_sequence_length": 8}
+    subject = pipeline_subject("flux", pipe, ["a"], num_inference_steps=4, call=call)
+    seen: list[tuple[torch.Tensor, torch.Tensor, tuple[int, int]]] = []
+
+    def watched(images: torch.Tensor, reference: torch.Tensor, cell: tuple[int, int]) -> torch.Tensor:
+        seen.append((images, reference, cell))
+        return blocking(images, reference, cell)
+
+    monkeypatch.setattr(dito_comparison, "blocking", watched)
+    config = TokenReductionConfig.paper(round_to=1)
+    (found,) = compare_penalties(subject, config, ratios=(0.5,), penalties=(0.0,), seeds=(0,), num_images=1)
+    (pixels, _, cell), (latents, dense, latent_cell) = seen
+    assert (pixels.shape[-2:], cell, latents.shape[-2:], latent_cell) == ((64, 64), (32, 32), (8, 8), (4, 4))
+    assert found.latent_blocking == (float(blocking(latents, dense, (4, 4))),) != found.blocking
+    generator = torch.Generator().manual_seed(derived_seed(0, "image", 0))
+    packed = pipe("a", generator=generator, num_inference_steps=4, output_type="latent", **call).images
+    own = pipe._unpack_latents(packed, 64, 64, 8) / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
+    torch.testing.assert_close(dense, own, rtol=1e-5, atol=1e-5)
+    pipe.vae.enable_tiling()
+    pipe.vae.tile_latent_min_size = 4
+    with pytest.raises(ValueError, match="decodes in tiles"):
+        compare_penalties(subject, config, ratios=(0.5,), penalties=(0.0,), seeds=(0,), num_images=1)

@@ -79,6 +79,7 @@ class Subject:
             whatever the count.
         num_inference_steps: how many steps it takes as it is.
         cell: height and width in pixels of a window of 2 x 2 tokens.
+        decoder: what makes images of latents; None where pixels are the latents.
     """
 
     name: str
@@ -86,6 +87,7 @@ class Subject:
     draw: Draw
     num_inference_steps: int
     cell: tuple[int, int]
+    decoder: nn.Module | None = None
 
 
 def flow_subject(
@@ -144,6 +146,7 @@ def pipeline_subject(
         draw=draw,
         num_inference_steps=num_inference_steps,
         cell=(2 * token, 2 * token),
+        decoder=getattr(getattr(pipe, "vae", None), "decoder", None),
     )
 
 
@@ -505,6 +508,7 @@ class LoadOutcome:
         penalty: the coefficient.
         psnr: as in :class:`Outcome`, one for each seed.
         blocking: one for each seed.
+        latent_blocking: the same of the latents; that of the pixels again where they are the latents.
         gini: of the counts of how often each token was dropped, mean over sites and images; 0 is even.
         most: the largest share of the Reduction steps in which one token was dropped, mean over sites and images.
     """
@@ -513,6 +517,7 @@ class LoadOutcome:
     penalty: float
     psnr: tuple[float, ...]
     blocking: tuple[float, ...]
+    latent_blocking: tuple[float, ...]
     gini: float
     most: float
 
@@ -532,7 +537,7 @@ def compare_penalties(
     ``num_images`` should be drawn in one batch: counts are those of the last generation. ``on_outcome`` is called with
     each outcome and its images for the first seed.
     """
-    dense = {seed: subject.draw(seed, subject.num_inference_steps, num_images) for seed in seeds}
+    dense = {seed: _images_and_latents(subject, seed, num_images) for seed in seeds}
     outcomes: list[LoadOutcome] = []
     for ratio in ratios:
         for penalty in penalties:
@@ -540,18 +545,22 @@ def compare_penalties(
             contender = Contender(name=f"penalty {penalty:g}", family="ours", reduction=chosen)
             decibels: list[float] = []
             blocks: list[float] = []
+            latent_blocks: list[float] = []
             uneven: list[float] = []
             most: list[float] = []
-            shown = dense[seeds[0]]
+            shown = dense[seeds[0]][0]
             for seed in seeds:
                 with sampled(subject, contender, seed) as reduction:
-                    images = subject.draw(seed, subject.num_inference_steps, num_images)
+                    images, latents = _images_and_latents(subject, seed, num_images)
                     assert reduction is not None
                     counts = torch.stack(list(reduction.drop_counts().values()))
                     reductions = sum(record.mode == "reduce" for record in reduction.steps)
                 shown = images if seed == seeds[0] else shown
-                decibels.append(float(_decibels(images, dense[seed]).mean()))
-                blocks.append(float(blocking(images, dense[seed], subject.cell).mean()))
+                true, true_latents = dense[seed]
+                height, width = (extent // (images.shape[-1] // latents.shape[-1]) for extent in subject.cell)
+                decibels.append(float(_decibels(images, true).mean()))
+                blocks.append(float(blocking(images, true, subject.cell).mean()))
+                latent_blocks.append(float(blocking(latents, true_latents, (height, width)).mean()))
                 uneven.append(float(gini(counts).mean()))
                 most.append(float(counts.amax(2).double().mean()) / reductions)
             outcome = LoadOutcome(
@@ -559,6 +568,7 @@ def compare_penalties(
                 penalty=penalty,
                 psnr=tuple(decibels),
                 blocking=tuple(blocks),
+                latent_blocking=tuple(latent_blocks),
                 gini=fmean(uneven),
                 most=fmean(most),
             )
@@ -566,6 +576,29 @@ def compare_penalties(
             if on_outcome is not None:
                 on_outcome(outcome, shown)
     return outcomes
+
+
+def _images_and_latents(subject: Subject, seed: int, count: int) -> tuple[Tensor, Tensor]:
+    """Images, and the latents that the decoder was given for them.
+
+    Raises:
+        ValueError: an autoencoder that decodes in tiles.
+    """
+    given: list[Tensor] = []
+    if subject.decoder is None:
+        images = subject.draw(seed, subject.num_inference_steps, count)
+        return images, images
+    # (batch, channels, rows, columns), with one frame before the rows in autoencoders that know videos too.
+    watch = subject.decoder.register_forward_pre_hook(
+        lambda _, args: given.append(args[0].flatten(1, -3).float().cpu())
+    )
+    try:
+        images = subject.draw(seed, subject.num_inference_steps, count)
+    finally:
+        watch.remove()
+    if sum(map(len, given)) != len(images):
+        raise ValueError("the autoencoder decodes in tiles, whose borders are no tokens'; call vae.disable_tiling()")
+    return images, torch.cat(given)
 
 
 @dataclass(frozen=True, kw_only=True)
