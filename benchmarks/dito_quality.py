@@ -8,7 +8,8 @@ and ours behind a cache. Latency is of a whole generation, in CPU time of the pr
 GPU; FLOPs are counted as they run.
 
 A frequency penalty is meant against blocking. Its table has PSNR, gradient energy across the borders of 2 x 2 windows
-over that inside relative to the dense image, and how evenly tokens are dropped.
+over that inside relative to the dense image, of pixels and of latents, and how evenly tokens are dropped; ``--pages``
+has it with crops.
 
     python benchmarks/dito_quality.py                                 # digits and photographs; trained if missing
     python benchmarks/dito_quality.py --sets mnist_dit --data ../shared/data  # a DiT that others trained, on MNIST
@@ -26,6 +27,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -37,7 +39,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from wellposed.data.images import ImageDataset, StoredPixels
-from wellposed.data.pictures import save_image_grid
 from wellposed.dito.config import Scope, TokenReductionConfig
 from wellposed.evaluation.features import FeatureExtractor, unit_images
 from wellposed.evaluation.frechet import FeatureStatistics, frechet_floor
@@ -67,6 +68,8 @@ from wellposed.recipes.dito_comparison import (
 from wellposed.recipes.flow_draw import image_noise, load_flow
 from wellposed.recipes.flow_evaluate import real_images
 from wellposed.recipes.flow_recipe import FlowRecipe
+from wellposed.report.page import Grid, Page, Section, Table, write_page
+from wellposed.report.pictures import Picture, tile_images
 from wellposed.report.record import write_result
 
 RATIOS = (0.25, 0.5, 0.75)
@@ -88,6 +91,8 @@ JUDGED = {
 }
 # Those whose time is that of another, whatever they choose by.
 UNTIMED = {"criterion", "control"}
+
+CROPPED = 3
 
 QUICK = frozenset({"paper", "default", "default, delta", "tomesd", "input, reused", "cache + default", *INPUT_CONTROLS})
 
@@ -417,8 +422,10 @@ def _ratio(speed: Comparison, name: str) -> float:
     return speed.ratio(name, clock="process" if speed.device == "cpu" else "wall").median
 
 
-def penalised(bench: Bench, budget: Budget, interval: int, pictures: Path | None) -> dict[str, list[LoadOutcome]]:
-    """Both readings at every ratio and penalty; images of the first seed as grids below ``pictures``."""
+def penalised(
+    bench: Bench, budget: Budget, interval: int, crops: dict[tuple[str, float, float], Picture]
+) -> dict[str, list[LoadOutcome]]:
+    """Both readings at every ratio and penalty; the middles of the first seed's images go into ``crops``."""
     settings = {
         "paper": TokenReductionConfig.paper(round_to=1),
         "default": TokenReductionConfig(round_to=1),
@@ -427,9 +434,7 @@ def penalised(bench: Bench, budget: Budget, interval: int, pictures: Path | None
     for name, config in settings.items():
 
         def keep(outcome: LoadOutcome, images: Tensor, name: str = name) -> None:
-            if pictures is not None:
-                grid = pictures / f"{bench.subject.name}-{name}-r{outcome.ratio:g}-penalty{outcome.penalty:g}.png"
-                save_image_grid(images, grid, columns=len(images), enlarge=4)
+            crops[name, outcome.ratio, outcome.penalty] = crop(bench.subject, images)
 
         found[name] = compare_penalties(
             bench.subject,
@@ -441,6 +446,60 @@ def penalised(bench: Bench, budget: Budget, interval: int, pictures: Path | None
             on_outcome=keep,
         )
     return found
+
+
+def crop(subject: Subject, images: Tensor) -> Picture:
+    """The middle 8 x 8 windows of the first images."""
+    sizes = zip(images.shape[2:], subject.cell, strict=True)
+    rows, columns = (slice(max(0, (size - 8 * window) // 2), (size + 8 * window) // 2) for size, window in sizes)
+    return tile_images(2 * images[:CROPPED, :, rows, columns] - 1, columns=CROPPED)
+
+
+def write_penalties(
+    path: Path,
+    bench: Bench,
+    budget: Budget,
+    found: dict[str, list[LoadOutcome]],
+    crops: dict[tuple[str, float, float], Picture],
+) -> Path:
+    """The page of what the penalty does, in numbers and in pictures."""
+    subject = bench.subject
+    dense = crop(subject, subject.draw(budget.seeds[0], subject.num_inference_steps, budget.images))
+    settings = [(name, ratio) for name in found for ratio in budget.ratios]
+    grid = Grid(
+        cells=(
+            (dense, *(None for _ in budget.penalties[1:])),
+            *(tuple(crops[name, ratio, value] for value in budget.penalties) for name, ratio in settings),
+        ),
+        row_labels=("dense", *(f"{name}, ratio {ratio:g}" for name, ratio in settings)),
+        column_labels=tuple(f"penalty {value:g}" for value in budget.penalties),
+        caption="The middle of the first images. *paper* reduces attention, *default* whole blocks.",
+    )
+    table = Table(
+        columns=(
+            "settings",
+            "ratio",
+            "penalty",
+            "PSNR to the dense image, dB",
+            "energy at window borders, dense = 1",
+            "the same of latents",
+            "Gini of drops",
+            "most dropped token, share of steps",
+        ),
+        rows=tuple(
+            (
+                *(name, f"{one.ratio:g}", f"{one.penalty:g}"),
+                *map(fmean, (one.psnr, one.blocking, one.latent_blocking)),
+                *(one.gini, one.most),
+            )
+            for name, rows in found.items()
+            for one in rows
+        ),
+        caption=f"Means over {len(budget.seeds)} seeds of {budget.images} images.",
+    )
+    section = Section(id="penalty", title="Frequency penalty", items=(table, grid))
+    lead = f"What a penalty on tokens that were dropped often does to the images of {subject.name}."
+    return write_page(Page(title=f"Frequency penalty: {subject.name}", lead=lead, sections=(section,)), path)
 
 
 def show_outcome(outcome: Outcome) -> None:
@@ -473,10 +532,13 @@ def print_penalties(found: dict[str, list[LoadOutcome]]) -> None:
     """One line for each ratio and penalty."""
     for name, outcomes in found.items():
         print(f"\nfrequency penalty, {name}")
-        print(f"  {'ratio':>5} {'penalty':>7} {'PSNR':>6} {'blocking':>8} {'Gini':>6} {'most':>6}")
+        print(f"  {'ratio':>5} {'penalty':>7} {'PSNR':>6} {'pixels':>6} {'latents':>7} {'Gini':>6} {'most':>6}")
         for one in outcomes:
-            psnr, blocks = (sum(values) / len(values) for values in (one.psnr, one.blocking))
-            print(f"  {one.ratio:5g} {one.penalty:7g} {psnr:6.2f} {blocks:8.3f} {one.gini:6.3f} {one.most:6.3f}")
+            psnr, pixels, latents = map(fmean, (one.psnr, one.blocking, one.latent_blocking))
+            print(
+                f"  {one.ratio:5g} {one.penalty:7g} {psnr:6.2f} {pixels:6.3f} {latents:7.3f} {one.gini:6.3f} "
+                f"{one.most:6.3f}"
+            )
 
 
 def print_targets(found: Sequence[Target]) -> None:
@@ -506,7 +568,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--judged", type=int, default=48, help="for each seed, for Frechet distances")
     parser.add_argument("--timed", type=int, default=2, help="images of a timed generation")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--pictures", type=Path, help="where to put grids of images")
+    parser.add_argument("--pages", type=Path, help="where to put a page of the penalties, with crops")
     parser.add_argument("--quick", action="store_true", help="everything once, in small: that it runs")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     chosen = parser.parse_args(argv)
@@ -528,7 +590,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         started = datetime.now(UTC)
         print(f"{bench.subject.name}: {bench.card}\n{PUBLISHED}\n", flush=True)
         outcomes = measured(bench, budget, chosen.interval, show_outcome)
-        loads = penalised(bench, budget, chosen.interval, chosen.pictures)
+        crops: dict[tuple[str, float, float], Picture] = {}
+        loads = penalised(bench, budget, chosen.interval, crops)
+        if chosen.pages is not None:
+            print(write_penalties(chosen.pages / f"penalty-{bench.subject.name}.html", bench, budget, loads, crops))
         reached = targets(outcomes)
         print_table(outcomes)
         print_penalties(loads)

@@ -251,7 +251,7 @@ def test_the_table_of_any_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture
     (tmp_path / "prompts.txt").write_text("a red lighthouse\n\nwaves\n")
     arguments = ["--pipeline", str(tmp_path / "flux"), "--prompts", str(tmp_path / "prompts.txt"), "--quick"]
     benchmark = loaded(ROOT / "benchmarks" / "dito_quality.py")
-    benchmark.main([*arguments, "--results", str(tmp_path / "results")])
+    benchmark.main([*arguments, "--results", str(tmp_path / "results"), "--pages", str(tmp_path / "pages")])
     (file,) = (tmp_path / "results").iterdir()
     metrics = json.loads(file.read_text())["metrics"]
     assert metrics["judge"] == {
@@ -261,6 +261,9 @@ def test_the_table_of_any_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture
     }
     names = {(one["name"], one["scope"]) for one in metrics["outcomes"]}
     assert {("dense", None), ("default", "block"), ("tomesd", "block"), ("cache + default", "block")} <= names
+    assert all(one["latent_blocking"] != one["blocking"] for one in metrics["penalties"]["paper"])
+    page = (tmp_path / "pages" / "penalty-pipeline.html").read_text()
+    assert page.count("data:image/png") == 1 + 2 * 1 * 2, "a dense crop, and one for each setting, ratio and penalty"
     told = capsys.readouterr().out
     assert "PSNR 25.21 dB, ToMeSD 21.59" in told and "frequency penalty" in told and "targets" in told
 
