@@ -1,7 +1,9 @@
 """The published methods against plain derivations of their own, and what all matchers have to keep."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from wellposed.dito.baselines import (
     tomesd,
 )
 from wellposed.dito.config import TokenReductionConfig
+from wellposed.dito.hooks import token_reduction
 from wellposed.dito.matching import (
     BipartiteMatcher,
     Matcher,
@@ -122,11 +125,14 @@ def test_a_penalty_that_cannot_count_is_refused(name: str) -> None:
 # --- ToMeSD
 
 
-def merged_as_published(module: nn.Module, x: Tensor, destinations: list[int], r: int) -> tuple[Tensor, dict[int, int]]:
+def merged_as_published(
+    module: Callable[[Tensor], Tensor], x: Tensor, destinations: list[int], r: int, metric: Tensor | None = None
+) -> tuple[Tensor, dict[int, int]]:
     """One sample, from the paper's text: match, average, run, and hand the result to everyone in the group."""
     sources = [i for i in range(len(x)) if i not in destinations]
+    m = x if metric is None else metric
     similarity = {
-        (i, j): float(x[i] @ x[j]) / (float(x[i].norm()) * float(x[j].norm())) for i in sources for j in destinations
+        (i, j): float(m[i] @ m[j]) / (float(m[i].norm()) * float(m[j].norm())) for i in sources for j in destinations
     }
     best = {i: max(destinations, key=lambda j, i=i: similarity[i, j]) for i in sources}
     merged = sorted(sources, key=lambda i: similarity[i, best[i]], reverse=True)[:r]
@@ -160,6 +166,36 @@ def test_tomesd_is_the_published_matching_and_merge(r: int) -> None:
         published, pairs = merged_as_published(Attention(), x[b], destinations, r)
         assert pairs_of(found)[b] == pairs
         torch.testing.assert_close(ours[b], published, rtol=1e-12, atol=1e-12)
+
+
+def test_tomesd_in_a_transformer_is_the_published_one(tiny: SimpleNamespace) -> None:
+    """Each block matches what comes into it, and merges what its self-attention is given."""
+    host = tiny.in_precision(tiny.hosts["dit"](), torch.float64)
+    dense = host(0.0)
+    with token_reduction(host.model, config=replace(tomesd(0.5), seed=7)):
+        found = host(0.0)
+    draws, num_merged = generator(7), []
+    for block in host.model.transformer_blocks:
+        entered: list[Tensor] = []
+        block.register_forward_pre_hook(lambda _, args, entered=entered: entered.append(args[0]))
+
+        def published(
+            x: Tensor, *_: object, attn: nn.Module = block.attn1, entered: list[Tensor] = entered, **__: object
+        ):
+            destinations = windows_of(*[math.isqrt(x.shape[1])] * 2).draw(draws)[0].tolist()
+            num_merged.append(x.shape[1] // 2)
+            rows = [
+                merged_as_published(
+                    lambda y: type(attn).forward(attn, y[None])[0], x[b], destinations, num_merged[-1], m
+                )
+                for b, m in enumerate(entered.pop())
+            ]
+            return torch.stack([y for y, _ in rows])
+
+        block.attn1.forward = published
+    torch.testing.assert_close(found, host(0.0), rtol=1e-6, atol=1e-6 * float(dense.abs().max()))
+    assert len(num_merged) == len(host.model.transformer_blocks)
+    assert float((found - dense).abs().max()) > 0.01 * float(dense.abs().max())
 
 
 def test_tomesd_as_published_has_no_dense_step_and_no_memory() -> None:

@@ -7,7 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDPMPipeline, DDPMScheduler, UNet2DConditionModel, UNet2DModel
+from diffusers import (
+    AutoencoderKL,
+    ContextParallelConfig,
+    DDPMPipeline,
+    DDPMScheduler,
+    ParallelConfig,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -669,6 +677,14 @@ def test_a_window_that_does_not_fit_is_refused(tiny: SimpleNamespace) -> None:
     host = tiny.hosts["flux"]()
     with token_reduction(host.model, window=(2, 8)), pytest.raises(ValueError, match="does not fit"):
         host(0.0)
+
+
+def test_sequence_parallelism_is_refused(tiny: SimpleNamespace) -> None:
+    """Each device then sees a part of the tokens, and the call's geometry speaks of all."""
+    host = tiny.hosts["flux"]()
+    host.model._parallel_config = ParallelConfig(context_parallel_config=ContextParallelConfig(ring_degree=2))
+    with pytest.raises(ValueError, match="sequence parallelism"):
+        apply_token_reduction(host.model)
 
 
 def test_a_refusal_at_the_door_installs_nothing(tiny: SimpleNamespace) -> None:
