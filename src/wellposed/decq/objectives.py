@@ -4,8 +4,10 @@ Stage one, over everything but the frozen encoder:
 
     L = |x - x'|_1 + w_p Perceptual(x, x') + w_a c L_G,    c = |grad_last (L1 + w_p Perceptual)| / |grad_last L_G|,
 
-with ``last`` the decoder's last matrix, L_G = -mean D(T x'), and D trained by the hinge loss on real images and on
-fresh reconstructions of the updated autoencoder in evaluation mode, rounded to 8 bits (no latent noise).
+with ``last`` the decoder's last matrix, c a constant of at most 1e4, L_G = -mean D(T x'), T a random augmentation, and
+D trained by the hinge loss on real images and on fresh reconstructions of the updated autoencoder in evaluation mode,
+rounded to 8 bits (no latent noise): list the autoencoder before the discriminator. RAE takes w_p = 1, w_a = 0.75 and 16
+epochs: LPIPS from the first, D's updates (``Player.start``) from the seventh, the adversarial term from the ninth.
 
 Stage two, over the generator: flow matching on patches and queries at one shared time,
 
@@ -47,6 +49,7 @@ def reconstruction_objective(
     *,
     perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
     perceptual_weight: float | int = 1.0,
+    perceptual_start: int = 0,
     discriminator: str | None = None,
     adversarial_weight: float | int = 0.75,
     adversarial_start: int = 0,
@@ -59,32 +62,47 @@ def reconstruction_objective(
     published code.
 
     Args:
-        perceptual: (reconstructions, images), both in [0, 1] -> one distance for each, e.g. ``LPIPS``; None for none.
+        perceptual: (reconstructions, images), both in [0, 1] -> one distance for each, e.g. ``LPIPS``; None for none. A
+            module is moved to the run's device.
         perceptual_weight: w_p.
-        discriminator: name of the player that judges; None for no adversarial term.
+        perceptual_start: first step with the perceptual term.
+        discriminator: name of the player that judges, in evaluation mode; None for no adversarial term.
         adversarial_weight: w_a.
         adversarial_start: first step with the adversarial term.
+
+    Raises:
+        ValueError: a negative weight or start.
     """
+    for name, value in (
+        ("perceptual_weight", perceptual_weight),
+        ("perceptual_start", perceptual_start),
+        ("adversarial_weight", adversarial_weight),
+        ("adversarial_start", adversarial_start),
+    ):
+        if not value >= 0:
+            raise ValueError(f"{name} is {value}; give 0 or a positive number")
 
     def objective(
         models: Mapping[str, nn.Module], batch: ImageBatch, context: StepContext
     ) -> tuple[Tensor, dict[str, Tensor]]:
         autoencoder = models[context.player]
         images = _unit(batch.images)
-        reconstructions = autoencoder(images, generator=context.generators).sample.float()
+        reconstructions = _precise(autoencoder(images, generator=context.generators).sample)
         l1 = functional.l1_loss(reconstructions, images)
         metrics = {"l1": l1, "psnr": -10 * functional.mse_loss(reconstructions, images).log10()}
         faithful = l1
-        if perceptual is not None:
+        if perceptual is not None and context.step >= perceptual_start:
+            if isinstance(perceptual, nn.Module):
+                perceptual.to(context.device)
             metrics["perceptual"] = perceptual(reconstructions, images).mean()
             faithful = faithful + perceptual_weight * metrics["perceptual"]
         if discriminator is None or context.step < adversarial_start:
             return faithful, metrics
-        judged = augmented(reconstructions, context.generators)
-        adversarial = -models[discriminator](judged).float().mean()
-        of_faithful, of_adversarial = (
-            torch.autograd.grad(loss, reconstructions, retain_graph=True)[0] for loss in (faithful, adversarial)
-        )
+        # Before the discriminator runs: this frees what the perceptual network kept.
+        of_faithful = torch.autograd.grad(faithful, reconstructions)[0]
+        with _evaluating(_player(models, discriminator)) as judge:
+            adversarial = -_precise(judge(augmented(reconstructions, context.generators))).mean()
+        of_adversarial = torch.autograd.grad(adversarial, reconstructions)[0]
         last = cast(Any, autoencoder).decoder.decoder_pred.weight
         norms = [
             torch.autograd.grad(reconstructions, last, pixels, retain_graph=True)[0].norm()
@@ -100,7 +118,7 @@ def reconstruction_objective(
 
 
 def discriminator_objective(*, autoencoder: str = "autoencoder") -> Objective:
-    """Stage one of the discriminator: the hinge loss, (relu(1 - D(x)) + relu(1 + D(x'))) / 2.
+    """Stage one of the discriminator: the hinge loss, (mean relu(1 - D(T x)) + mean relu(1 + D(T x'))) / 2.
 
     Args:
         autoencoder: name of the player that reconstructs.
@@ -110,12 +128,12 @@ def discriminator_objective(*, autoencoder: str = "autoencoder") -> Objective:
         models: Mapping[str, nn.Module], batch: ImageBatch, context: StepContext
     ) -> tuple[Tensor, dict[str, Tensor]]:
         images = _unit(batch.images)
-        with _evaluating(models[autoencoder]) as model, torch.no_grad():
-            reconstructions = model(images).sample.float().clamp(0, 1)
+        with _evaluating(_player(models, autoencoder)) as model, torch.no_grad():
+            reconstructions = _precise(model(images).sample).clamp(0, 1)
         rounded = (reconstructions * 255).round() / 255
         judge = models[context.player]
-        real = judge(augmented(images, context.generators)).float()
-        fake = judge(augmented(rounded, context.generators)).float()
+        real = _precise(judge(augmented(images, context.generators)))
+        fake = _precise(judge(augmented(rounded, context.generators)))
         loss = (functional.relu(1 - real).mean() + functional.relu(1 + fake).mean()) / 2
         return loss, {"real": real.mean(), "fake": fake.mean()}
 
@@ -141,8 +159,10 @@ def latent_flow_objective(
         class_dropout: share of labels that are forgotten, for classifier-free guidance.
 
     Raises:
-        ValueError: an unknown reduction or law, a share outside [0, 1).
+        ValueError: an unknown reduction or law, a share outside [0, 1), a shift or weight out of range.
     """
+    if not shift > 0 or not query_weight >= 0:
+        raise ValueError(f"shift is {shift} and query_weight {query_weight}; give a positive number and at least 0")
     if reduction not in ("separate", "joint"):
         raise ValueError(f'reduction is {reduction!r}; write "separate" or "joint"')
     if time_law not in ("logit_normal", "uniform"):
@@ -155,17 +175,17 @@ def latent_flow_objective(
     ) -> tuple[Tensor, dict[str, Tensor]]:
         network = cast(Any, models[context.player])
         times = shifted_time(training_times(context.uniform(stratified=True), time_law), shift)
-        t = times.to(context.device, torch.float32)
         forgotten = (context.uniform() < class_dropout).to(context.device)
+        clean = [_precise(z) for z in (batch.latents, batch.query_latents) if z is not None]
+        noise = [context.normal(tuple(z.shape[1:])).to(z.dtype) for z in clean]
+        t = times.to(context.device, clean[0].dtype)
         labels = torch.zeros(len(t), dtype=torch.long, device=context.device) if batch.labels is None else batch.labels
-        labels = torch.where(forgotten, int(network.config["num_classes"]), labels)
-        clean = [batch.latents] if batch.query_latents is None else [batch.latents, batch.query_latents]
-        noise = [context.normal(tuple(z.shape[1:])) for z in clean]
-        noisy = [_mixed(z.float(), eps, t) for z, eps in zip(clean, noise, strict=True)]
+        labels = torch.where(forgotten, network.null_class, labels)
+        noisy = [_mixed(z, eps, t) for z, eps in zip(clean, noise, strict=True)]
         velocities = network(
             noisy[0], t, labels, query_hidden_states=noisy[1] if len(noisy) > 1 else None, return_dict=False
         )
-        errors = [(v.float() - (eps - z)).square() for v, eps, z in zip(velocities, noise, clean, strict=True)]
+        errors = [(_precise(v) - (eps - z)).square() for v, eps, z in zip(velocities, noise, clean, strict=True)]
         means = [error.mean() for error in errors]
         metrics = {"patches": means[0]}
         if len(means) == 1:
@@ -200,6 +220,17 @@ def _mixed(z: Tensor, noise: Tensor, t: Tensor) -> Tensor:
 def _unit(images: Tensor) -> Tensor:
     """From [-1, 1] to [0, 1]."""
     return (images + 1) / 2
+
+
+def _precise(x: Tensor) -> Tensor:
+    """In float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _player(models: Mapping[str, nn.Module], name: str) -> nn.Module:
+    if name not in models:
+        raise ValueError(f"no player is called {name!r}; this run has {', '.join(models)}")
+    return models[name]
 
 
 def _with_gradient(value: Tensor, inputs: Tensor, gradient: Tensor) -> Tensor:
