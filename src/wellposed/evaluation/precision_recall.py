@@ -143,7 +143,7 @@ def _squared_radii(points: Float[Tensor, "n dim"], k: int) -> Float[Tensor, "n"]
     for start, distances in _distance_blocks(points, points):
         distances.diagonal(offset=start).fill_(torch.inf)
         radii.append(distances.topk(k, dim=1, largest=False).values[:, -1])
-    # A ball of radius 0, around a point that occurs more than k times, still holds its centre after rounding.
+    # Around a point that occurs more than k times the ball has radius 0, and must still hold its centre after rounding.
     rounding = 4 * points.shape[1] * torch.finfo(points.dtype).eps
     return torch.cat(radii) + rounding * points.square().sum(1)
 
