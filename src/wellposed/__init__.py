@@ -26,6 +26,8 @@ SAVED_CLASSES: dict[str, str] = {
     "LanczosDDPMScheduler": "wellposed.lgs.scheduler",
     "LanczosFlowMatchScheduler": "wellposed.lgs.scheduler",
     "LeaveOneOutDDIMScheduler": "wellposed.udm.scheduler",
+    "LensFlowMatchScheduler": "wellposed.lens.scheduler",
+    "LensTransformer2DModel": "wellposed.lens.transformer",
     "ShiftedFlowScheduler": "wellposed.decq.scheduler",
     "UniformDiffusionPipeline": "wellposed.udm.pipeline",
     "UniformDiffusionScheduler": "wellposed.udm.scheduler",

@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 from diffusers import (
+    AutoencoderKLFlux2,
     DDPMPipeline,
     DDPMScheduler,
     DiffusionGemmaPipeline,
     DiffusionPipeline,
+    Flux2Pipeline,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     UNet2DModel,
@@ -26,10 +28,12 @@ from transformers import PreTrainedTokenizerFast
 import wellposed
 from wellposed.data.tokenizers import byte_tokenizer
 from wellposed.hooks import full_covariance
+from wellposed.lens.latents import decode_tokens
 from wellposed.models import (
     AutoencoderDecQ,
     DecQTransformer2DModel,
     FixedHeadsUNet2DModel,
+    LensTransformer2DModel,
     UniformDiffusionTransformerModel,
 )
 from wellposed.pipelines import DecQPipeline, LanczosDDPMPipeline, UniformDiffusionPipeline
@@ -38,6 +42,7 @@ from wellposed.schedulers import (
     LanczosDDPMScheduler,
     LanczosFlowMatchScheduler,
     LeaveOneOutDDIMScheduler,
+    LensFlowMatchScheduler,
     ShiftedFlowScheduler,
     UniformDiffusionScheduler,
 )
@@ -146,6 +151,35 @@ def sample_own_latents(pipe: Any, generator: torch.Generator) -> Tensor:
     return pipe([0, 1], num_inference_steps=3, generator=generator, output_type="pt").images
 
 
+def stock_flux2_with_lens() -> DiffusionPipeline:
+    transformer = LensTransformer2DModel(
+        in_channels=16,
+        out_channels=4,
+        num_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        enc_hidden_dim=8,
+        axes_dims_rope=(4, 2, 2),
+        selected_layer_index=(0, 1),
+    )
+    for linear in (transformer.norm_out.linear, transformer.proj_out):  # otherwise zero
+        torch.nn.init.normal_(linear.weight, generator=torch.Generator().manual_seed(0))
+    vae = AutoencoderKLFlux2(block_out_channels=(4,) * 4, layers_per_block=1, latent_channels=4, norm_num_groups=2)
+    scheduler = LensFlowMatchScheduler()
+    return Flux2Pipeline(scheduler, vae.eval(), text_encoder=None, tokenizer=None, transformer=transformer.eval())
+
+
+def sample_lens(pipe: Any, generator: torch.Generator) -> Tensor:
+    pipe.scheduler.set_timesteps(3, num_tokens=6)
+    tokens = torch.randn(1, 6, 16, generator=generator)
+    features = list(torch.randn(2, 1, 3, 8, generator=generator))
+    with torch.no_grad():
+        for t in pipe.scheduler.timesteps:
+            velocity = pipe.transformer(tokens, features, timestep=t[None] / 1000, img_shapes=[(1, 2, 3)]).sample
+            tokens = pipe.scheduler.step(velocity, t, tokens).prev_sample
+        return decode_tokens(pipe.vae, tokens, 2, 3)
+
+
 def stock_gemma() -> DiffusionPipeline:
     # Without its model: diffusers 0.42 itself cannot load what it has saved of it, transformers' class lying in a
     # folder called like one of its pipelines.
@@ -201,6 +235,16 @@ HOMES = {
     "LanczosDDPMScheduler": Home(build=stock_ddpm, sample=sample_stock_ddpm, loader="diffusers"),
     "LanczosFlowMatchScheduler": Home(
         build=stock_sd3, sample=sample_stock_sd3, loader="diffusers", absent=dict.fromkeys(TEXT_PARTS)
+    ),
+    **dict.fromkeys(
+        ("LensFlowMatchScheduler", "LensTransformer2DModel"),
+        Home(
+            build=stock_flux2_with_lens,
+            sample=sample_lens,
+            loader="diffusers",
+            absent=dict.fromkeys(("text_encoder", "tokenizer")),
+            change=("mu_rule", "smooth"),
+        ),
     ),
     "LeaveOneOutDDIMScheduler": Home(
         build=stock_gemma,
