@@ -52,7 +52,7 @@ def test_a_ball_of_radius_zero_holds_its_centre_also_after_rounding(dim, block_e
     monkeypatch.setattr(module, "BLOCK_ENTRIES", block_entries)
     points = normal(40, dim, seed=0)
     for copies in (2, 5):
-        assert precision_recall(points, points.repeat(copies, 1), num_neighbours=copies - 1).precision == 1.0
+        assert precision_recall(points, points.repeat_interleave(copies, 0), num_neighbours=copies - 1).precision == 1.0
 
 
 def test_swapping_the_sets_swaps_the_scores():
