@@ -31,8 +31,6 @@ from wellposed.decq.weight_files import check_weights, read_weights
 
 __all__ = ["DINO_VIT", "FrozenFeatureDiscriminator", "LocalBatchNorm", "TokenHead", "dino_backbone"]
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 LEAK = 0.2
 HEAD_DIM = 64
 WEIGHT_FILES = (".pth", ".pt", ".bin", ".safetensors")
@@ -158,8 +156,8 @@ class FrozenFeatureDiscriminator(nn.Module):
         input_size: side to which images are resized (bilinear, no antialiasing) for the backbone.
         kernel_size: of the heads' residual convolutions.
         group_size: images over which the norms of the heads take their statistics, see :class:`LocalBatchNorm`.
-        mean: what the backbone expects to be subtracted from images in [0, 1].
-        std: and divided by.
+        mean: what the backbone expects to be subtracted from images in [0, 1]; None for what its kind does.
+        std: and divided by; likewise.
 
     Raises:
         ValueError: a backbone of unknown kind, taps that it does not have, sizes that do not fit.
@@ -174,8 +172,8 @@ class FrozenFeatureDiscriminator(nn.Module):
         input_size: int = 224,
         kernel_size: int = 9,
         group_size: int | None = 1,
-        mean: Sequence[float] = IMAGENET_MEAN,
-        std: Sequence[float] = IMAGENET_STD,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         config: Any = backbone.config
@@ -200,7 +198,7 @@ class FrozenFeatureDiscriminator(nn.Module):
         self.heads = nn.ModuleList(
             TokenHead(config.hidden_size, kernel_size=kernel_size, group_size=group_size) for _ in taps
         )
-        for name, values in (("mean", mean), ("std", std)):
+        for name, values in (("mean", mean or self.kind.image_mean), ("std", std or self.kind.image_std)):
             self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1), persistent=False)
         self.register_state_dict_post_hook(_without_backbone)
         self.register_load_state_dict_post_hook(_not_missing_backbone)

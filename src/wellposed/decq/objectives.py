@@ -87,7 +87,8 @@ def reconstruction_objective(
     ) -> tuple[Tensor, dict[str, Tensor]]:
         autoencoder = models[context.player]
         images = _unit(batch.images)
-        reconstructions = _precise(autoencoder(images, generator=context.generators).sample)
+        with _recorded(cast(Any, autoencoder).decoder.decoder_pred) as last:
+            reconstructions = _precise(autoencoder(images, generator=context.generators).sample)
         l1 = functional.l1_loss(reconstructions, images)
         metrics = {"l1": l1, "psnr": -10 * functional.mse_loss(reconstructions, images).log10()}
         faithful = l1
@@ -103,11 +104,7 @@ def reconstruction_objective(
         with _evaluating(_player(models, discriminator)) as judge:
             adversarial = -_precise(judge(augmented(reconstructions, context.generators))).mean()
         of_adversarial = torch.autograd.grad(adversarial, reconstructions)[0]
-        last = cast(Any, autoencoder).decoder.decoder_pred.weight
-        norms = [
-            torch.autograd.grad(reconstructions, last, pixels, retain_graph=True)[0].norm()
-            for pixels in (of_faithful, of_adversarial)
-        ]
+        norms = [_norm_at(last, reconstructions, pixels) for pixels in (of_faithful, of_adversarial)]
         balance = (norms[0] / (norms[1] + 1e-6)).clamp(0, LARGEST_ADVERSARIAL_WEIGHT)
         metrics |= {"adversarial": adversarial, "adaptive_weight": balance}
         total = faithful + adversarial_weight * balance * adversarial
@@ -237,6 +234,34 @@ def _with_gradient(value: Tensor, inputs: Tensor, gradient: Tensor) -> Tensor:
     """``value``, whose gradient at ``inputs`` is already known."""
     carrier = (inputs * gradient.detach()).sum()
     return carrier + (value - carrier).detach()
+
+
+@contextmanager
+def _recorded(linear: nn.Module) -> Generator[list[tuple[Tensor, Tensor]]]:
+    """What goes into the layer and what comes out of it, for each call."""
+    calls: list[tuple[Tensor, Tensor]] = []
+
+    def record(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        calls.append((inputs[0].detach(), output))
+
+    handle = linear.register_forward_hook(record)
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
+def _norm_at(calls: list[tuple[Tensor, Tensor]], outputs: Tensor, gradient: Tensor) -> Tensor:
+    """Norm of the gradient of a recorded layer's matrix, by the gradient of what was made of its results.
+
+    From the layer's inputs, because the matrix itself may be sharded and no part of the graph.
+    """
+    changes = torch.autograd.grad(outputs, [result for _, result in calls], gradient, retain_graph=True)
+    of_calls = [
+        _precise(change).flatten(0, -2).mT @ _precise(inputs).flatten(0, -2)
+        for change, (inputs, _) in zip(changes, calls, strict=True)
+    ]
+    return torch.stack(of_calls).sum(0).norm()
 
 
 @contextmanager
