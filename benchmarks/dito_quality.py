@@ -66,8 +66,8 @@ from wellposed.recipes.dito_comparison import (
     targets,
 )
 from wellposed.recipes.flow_draw import image_noise, load_flow
-from wellposed.recipes.flow_evaluate import real_images
 from wellposed.recipes.flow_recipe import FlowRecipe
+from wellposed.recipes.real_images import real_images
 from wellposed.report.page import Grid, Page, Section, Table, write_page
 from wellposed.report.pictures import Picture, tile_images
 from wellposed.report.record import write_result
@@ -156,7 +156,9 @@ def trained(name: str, recipe: FlowRecipe, steps: int | None, run: Path, device:
     )
     if budget.judged == 0 or name == "photographs":  # no classifier knows these
         return Bench(subject=subject, judge=None, card={})
-    real = real_images(recipe, run, resolved_device(device))
+    real = real_images(
+        recipe.evaluation, recipe.training_images, folder=recipe.folder, run=run, device=resolved_device(device)
+    )
     card = {
         "extractor": real.extractor.name,
         "reference": real.name,

@@ -59,7 +59,9 @@ def test_patches_are_cut_from_the_pictures(channels, split):
 
 def test_every_position_can_come_up():
     pictures = [torch.arange(6, dtype=torch.uint8).view(1, 2, 3), torch.arange(10, 12, dtype=torch.uint8).view(1, 1, 2)]
-    patches = bundled._random_patches(pictures, 1, 8000, seed=0).flatten()
+    patches, origins = bundled._random_patches(pictures, 1, 8000, seed=0)
+    patches = patches.flatten()
+    assert torch.equal(origins, (patches >= 10).long())
     counts = torch.bincount(patches.int(), minlength=12)
     assert counts.nonzero().flatten().tolist() == [0, 1, 2, 3, 4, 5, 10, 11]
     assert counts[counts > 0].min() > 850

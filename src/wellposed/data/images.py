@@ -161,7 +161,9 @@ class ImageDataset:
         flip: mirror images left to right with probability one half. Whether image i is mirrored depends on
             (``seed``, i, epoch) alone, so it does not matter in which batch, on which rank or after how many
             restarts the image comes up.
-        seed: seed of the flips.
+        crop: side of a random square to cut out of each image, at a place that depends on the same three; None for the
+            whole image.
+        seed: seed of flips and crops.
 
     Raises:
         ValueError: an empty set, or as many labels as there are not images.
@@ -172,6 +174,7 @@ class ImageDataset:
     labels: Int[Tensor, "n"] | None = None
     class_names: tuple[str, ...] = ()
     flip: bool = False
+    crop: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -194,7 +197,7 @@ class ImageDataset:
             epoch: which pass over the data; it changes the flips and nothing else.
 
         Raises:
-            ValueError: no indices, or one outside the set.
+            ValueError: no indices, or one outside the set; images smaller than the crop.
         """
         positions = torch.as_tensor(indices, dtype=torch.int64)
         if not len(positions):
@@ -205,6 +208,8 @@ class ImageDataset:
                 f"{self.name!r} has images 0 to {len(self) - 1}"
             )
         images = _to_float(self.source.read(positions))
+        if self.crop is not None:
+            images = _cropped(images, self.crop, _hashed(self.seed + 1, positions, epoch))
         if self.flip:
             mirrored = coin_flips(self.seed, positions, epoch)
             images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
@@ -212,7 +217,10 @@ class ImageDataset:
 
     def fingerprint(self) -> str:
         """A hash of everything a batch depends on: pixels, labels, flips."""
-        digest = hashlib.sha256(f"{self.source.fingerprint()} {self.flip} {self.seed if self.flip else None}".encode())
+        drawn = self.flip or self.crop is not None
+        crop = "" if self.crop is None else f" crop {self.crop}"
+        about = f"{self.source.fingerprint()} {self.flip} {self.seed if drawn else None}{crop}"
+        digest = hashlib.sha256(about.encode())
         if self.labels is not None:
             digest.update(self.labels.to(torch.int64).numpy().tobytes())
         return digest.hexdigest()
@@ -225,6 +233,7 @@ def image_folder(
     resize_filter: ResizeFilter = "bicubic",
     channels: Literal[1, 3] = 3,
     flip: bool = False,
+    crop: int | None = None,
     seed: int = 0,
 ) -> ImageDataset:
     """A folder of pictures, each cut to its largest central square and resized.
@@ -238,7 +247,8 @@ def image_folder(
         filter: resampling filter of Pillow, see :class:`Framing`.
         channels: 3 for RGB, 1 for luma.
         flip: mirror at random, see :class:`ImageDataset`.
-        seed: seed of the flips.
+        crop: side of a random square of the resized image, see :class:`ImageDataset`.
+        seed: seed of flips and crops.
 
     Raises:
         FileNotFoundError: no such folder.
@@ -266,6 +276,7 @@ def image_folder(
         labels=labels,
         class_names=class_names,
         flip=flip,
+        crop=crop,
         seed=seed,
     )
 
@@ -292,13 +303,31 @@ def coin_flips(seed: int, indices: Int[Tensor, "batch"], epoch: int) -> Shaped[T
     A counter-based hash (the finaliser of SplitMix64, Steele, Lea and Flood 2014, applied after each of the three
     numbers) rather than a generator: a generator would tie the bit to the order in which images are drawn.
     """
+    return torch.from_numpy((_hashed(seed, indices, epoch) >> np.uint64(63)).astype(bool))
+
+
+def _hashed(seed: int, indices: Int[Tensor, "batch"], epoch: int) -> np.ndarray:
+    """64 bits for each index; see :func:`coin_flips`."""
     state = np.zeros(len(indices), dtype=np.uint64)
     for word in (np.full(len(indices), seed), np.full(len(indices), epoch), indices.numpy()):
         state = state + word.astype(np.int64).view(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
         state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         state = state ^ (state >> np.uint64(31))
-    return torch.from_numpy((state >> np.uint64(63)).astype(bool))
+    return state
+
+
+def _cropped(
+    images: Float[Tensor, "batch channels height width"], size: int, bits: np.ndarray
+) -> Float[Tensor, "batch channels size size"]:
+    """Squares whose corner is given by the two halves of 64 bits."""
+    height, width = images.shape[-2:]
+    if size < 1 or size > min(height, width):
+        raise ValueError(f"crop is {size}; the images have {height} x {width} pixels, give 1 to {min(height, width)}")
+    tops = (bits >> np.uint64(32)).astype(np.int64) * (height - size + 1) >> 32
+    lefts = (bits & np.uint64(0xFFFFFFFF)).astype(np.int64) * (width - size + 1) >> 32
+    corners = zip(images, tops.tolist(), lefts.tolist(), strict=True)
+    return torch.stack([image[:, top : top + size, left : left + size] for image, top, left in corners])
 
 
 def _to_float(pixels: Shaped[Tensor, "batch channels height width"]) -> Float[Tensor, "batch channels height width"]:

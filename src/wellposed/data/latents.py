@@ -116,9 +116,7 @@ def _claim(root: Path, index: LatentIndex) -> None:
     partial.replace(path)
 
 
-def _encoded(
-    images: range, encode: Encode, batch_size: int, mirrored: bool, dtype: torch.dtype
-) -> dict[str, Tensor]:
+def _encoded(images: range, encode: Encode, batch_size: int, mirrored: bool, dtype: torch.dtype) -> dict[str, Tensor]:
     parts: dict[str, list[Tensor]] = defaultdict(list)
     for start in range(images.start, images.stop, batch_size):
         some = range(start, min(start + batch_size, images.stop))
@@ -200,7 +198,7 @@ class LatentDataset:
         for place, (position, flipped) in enumerate(rows):
             shard, row = divmod(position, self.index.shard_size)
             by_shard[shard].append((place, row, flipped))
-        absent = set(FIELDS)
+        absent: set[str] = set(FIELDS)
         for shard, wanted in by_shard.items():
             absent &= self._read(shard, wanted, found)
         values = {name: None if name in absent else torch.stack(found[name]) for name in FIELDS}
@@ -220,7 +218,7 @@ class LatentDataset:
                         into[name][place] = held.get_slice(prefix + name)[row]
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} cannot be read ({error}); remove it and call write_latents again") from error
-        return set(FIELDS) - present
+        return {name for name in FIELDS if name not in present}
 
     def fingerprint(self) -> str:
         """A hash of everything a batch depends on."""

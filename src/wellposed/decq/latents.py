@@ -179,11 +179,8 @@ class EncodedImages:
         model = self.autoencoder
         if model.training:
             raise ValueError("the autoencoder is in training mode and would add noise; call eval() first")
-        latents = model.encode(((images + 1) / 2).to(model.device, model.dtype))
-        queries = latents.query_latent
-        return LatentBatch(
-            latents=latents.latent.float(), query_latents=None if queries is None else queries.float(), labels=labels
-        )
+        latent, *queries = model.encode(((images + 1) / 2).to(model.device, model.dtype), return_dict=False)
+        return LatentBatch(latents=latent.float(), query_latents=queries[0].float() if queries else None, labels=labels)
 
     def fingerprint(self) -> str:
         """A hash of images and weights."""

@@ -2,28 +2,22 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from wellposed.denoisers import NetworkDenoiser
-from wellposed.evaluation.features import FeatureExtractor, unit_images
-from wellposed.evaluation.frechet import FeatureStatistics, frechet_floor, frechet_score
-from wellposed.evaluation.inception import fid
-from wellposed.evaluation.scores import Score
 from wellposed.recipes.ddpm_draw import draw_images, load_denoiser
-from wellposed.recipes.ddpm_recipe import DDPMRecipe, FeatureEvaluation, FIDEvaluation
+from wellposed.recipes.ddpm_recipe import DDPMRecipe
 from wellposed.recipes.device import resolved_device
+from wellposed.recipes.real_images import RealImages, card_line, real_images
 from wellposed.recipes.recipe import OnProgress, ScoreTable, no_progress
 from wellposed.recipes.run_folder import RunFolder, open_run, write_json
 
 __all__ = ["SamplingScore", "score_images", "score_table"]
-
-READING_BATCH = 500
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,16 +93,18 @@ def score_images(
     kept = _read_scores(folder)
     chosen = resolved_device(device)
     denoiser: NetworkDenoiser | None = None
-    judge: _Judge | None = None
+    real: RealImages | None = None
     scores: list[SamplingScore] = []
     for num_steps in wanted:
         found = [score for score in kept if score.is_of(num_steps, products, count, seed)]
         if found and resume:
             scores += found
             continue
-        judge = judge or _judge(folder, recipe, count, chosen)
+        real = real or real_images(
+            recipe.evaluation, recipe.training_images, folder=recipe.folder, run=folder.path, device=chosen
+        )
         denoiser = denoiser or load_denoiser(folder.pipeline, chosen)
-        score = _score(denoiser, recipe, judge, num_steps, products, count, seed, on_progress)
+        score = _score(denoiser, recipe, real, num_steps, products, count, seed, on_progress)
         scores.append(score)
         kept = [*(other for other in kept if other not in found), score]
         write_json(folder.scores_file, [asdict(one) for one in kept])
@@ -132,66 +128,16 @@ def score_table(scores: Sequence[SamplingScore]) -> ScoreTable:
     return ScoreTable(
         columns=("T", "m", scores[0].metric, "real against real", "evaluations", "seconds"),
         rows=rows,
-        caption=_card(scores[0]),
+        caption=card_line(scores[0].card),
         metrics=dict(zip(names, (one.value for one in scores), strict=True)),
-        cards=tuple(f"{name}: {_card(one)}" for name, one in zip(names, scores, strict=True)),
-    )
-
-
-def _card(score: SamplingScore) -> str:
-    card = score.card
-    return (
-        f"{card['extractor']} {card['weights_hash'][:8]}, resize {card['resize']}, n = {card['num_images']}, reference "
-        f"{card['reference']} {card['reference_hash'][:8]}, images {card['image_format']}"
-    )
-
-
-@dataclass(frozen=True)
-class _Judge:
-    """Scores batches of images in [0, 1]."""
-
-    score: Callable[[Iterator[Tensor]], Score]
-    floor: float | None
-
-
-def _judge(folder: RunFolder, recipe: DDPMRecipe, count: int, device: torch.device) -> _Judge:
-    evaluation = recipe.evaluation
-    if isinstance(evaluation, FIDEvaluation):
-        weights = evaluation.inception.found_in(recipe.folder)
-        reference = evaluation.reference.found_in(recipe.folder)
-        return _Judge(lambda images: fid(images, weights=weights, reference=reference, device=device), None)
-    return _feature_judge(evaluation, folder, recipe, count, device)
-
-
-def _feature_judge(
-    evaluation: FeatureEvaluation, folder: RunFolder, recipe: DDPMRecipe, count: int, device: torch.device
-) -> _Judge:
-    extractor: FeatureExtractor = evaluation.extractor(folder.path, str(device))
-    dataset = recipe.training_images()
-    batches = (
-        unit_images(dataset.batch(range(start, min(start + READING_BATCH, len(dataset)))).images)
-        for start in range(0, len(dataset), READING_BATCH)
-    )
-    features = torch.cat([part.cpu() for part in extractor.batches(batches, image_format="8-bit")])
-    reference = FeatureStatistics.from_features(features)
-    few_enough = count < len(features)
-    generator = torch.Generator().manual_seed(0)
-    return _Judge(
-        lambda images: frechet_score(
-            images,
-            extractor=extractor,
-            reference=reference,
-            reference_name=dataset.name,
-            image_format="8-bit",
-        ),
-        frechet_floor(features, num_images=count, generator=generator) if few_enough else None,
+        cards=tuple(f"{name}: {card_line(one.card)}" for name, one in zip(names, scores, strict=True)),
     )
 
 
 def _score(
     denoiser: NetworkDenoiser,
     recipe: DDPMRecipe,
-    judge: _Judge,
+    real: RealImages,
     steps: int,
     products: int,
     count: int,
@@ -217,7 +163,7 @@ def _score(
             on_progress(f"T = {steps}", done, count)
             yield images
 
-    score = judge.score(batches())
+    score = real.score(batches())
     return SamplingScore(
         steps=steps,
         num_lanczos_steps=products,
@@ -225,7 +171,7 @@ def _score(
         seed=seed,
         metric=score.card.metric,
         value=score.value,
-        floor=judge.floor,
+        floor=real.floor(count),
         evaluations=evaluations,
         failed=failed,
         seconds=round(time.perf_counter() - started, 3),

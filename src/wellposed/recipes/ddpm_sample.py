@@ -1,22 +1,21 @@
 """Images from a run."""
 
-import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+from torch import Tensor
 
-from wellposed.data.pictures import save_image, save_image_grid
-from wellposed.recipes.ddpm_draw import draw_images, grid_columns, load_denoiser
+from wellposed.recipes.ddpm_draw import draw_images, load_denoiser
 from wellposed.recipes.ddpm_recipe import DDPMRecipe
 from wellposed.recipes.device import resolved_device
+from wellposed.recipes.kept_images import keep_images
 from wellposed.recipes.recipe import DrawnSamples, OnProgress, no_progress
 from wellposed.recipes.run_folder import open_run
 
 __all__ = ["SampledImages", "sample_images"]
 
 DEFAULT_COUNT = 64
-MOST_IN_GRID = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,23 +66,17 @@ def sample_images(
     denoiser = load_denoiser(folder.pipeline, resolved_device(device))
     name = f"T{steps:04d}_m{num_products}_seed{seed}"
     about = {"recipe": recipe.name, "seed": seed, "num_inference_steps": steps, "num_lanczos_steps": num_products}
-    shown: list[torch.Tensor] = []
-    number, evaluations = 0, 0
-    started = time.perf_counter()
-    for images, record in draw_images(
-        denoiser, settings, count=count, num_inference_steps=steps, num_lanczos_steps=num_products, seed=seed
-    ):
-        evaluations = max(evaluations, record.evaluations)
-        for image in images.cpu():
-            save_image(image, folder.samples / name / f"{number:05d}.png", metadata={**about, "number": number})
-            number += 1
-        if len(shown) < MOST_IN_GRID:
-            shown += images.cpu()
-        on_progress("images", number, count)
-    seconds = time.perf_counter() - started
-    shown = shown[:MOST_IN_GRID]
-    grid = folder.samples / f"{name}.png"
-    save_image_grid(torch.stack(shown), grid, columns=grid_columns(len(shown)), metadata=about)
+    evaluations = 0
+
+    def batches() -> Iterator[Tensor]:
+        nonlocal evaluations
+        for images, record in draw_images(
+            denoiser, settings, count=count, num_inference_steps=steps, num_lanczos_steps=num_products, seed=seed
+        ):
+            evaluations = max(evaluations, record.evaluations)
+            yield images
+
+    kept = keep_images(batches(), folder.samples, name, count=count, about=about, on_progress=on_progress)
     return SampledImages(
-        overview=grid, folder=folder.samples / name, count=count, evaluations=evaluations, seconds=round(seconds, 3)
+        overview=kept.overview, folder=kept.folder, count=count, evaluations=evaluations, seconds=kept.seconds
     )

@@ -7,20 +7,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from wellposed.evaluation.features import FeatureExtractor, unit_images
-from wellposed.evaluation.frechet import FeatureStatistics, frechet_floor, frechet_score
 from wellposed.recipes.device import resolved_device
 from wellposed.recipes.flow_draw import FlowSampler, draw_images, load_flow
 from wellposed.recipes.flow_recipe import FlowRecipe
+from wellposed.recipes.real_images import RealImages, card_line, real_images
 from wellposed.recipes.recipe import OnProgress, ScoreTable, no_progress
 from wellposed.recipes.run_folder import RunFolder, open_run, write_json
 
-__all__ = ["FlowScore", "RealImages", "real_images", "score_flow", "score_table"]
-
-READING_BATCH = 500
+__all__ = ["FlowScore", "score_flow", "score_table"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,46 +40,6 @@ class FlowScore:
     floor: float | None
     seconds: float
     card: Mapping[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class RealImages:
-    """What samples are compared with.
-
-    Attributes:
-        name: of the set.
-        extractor: features of images in [0, 1].
-        features: of the real images.
-        statistics: their mean and covariance.
-    """
-
-    name: str
-    extractor: FeatureExtractor
-    features: Tensor
-    statistics: FeatureStatistics
-
-    def floor(self, count: int) -> float | None:
-        """What ``count`` real images score against the others; None where there are no more than that."""
-        if count >= len(self.features):
-            return None
-        return frechet_floor(self.features, num_images=count, generator=torch.Generator().manual_seed(0))
-
-
-def real_images(recipe: FlowRecipe, run: Path, device: torch.device) -> RealImages:
-    """The training images of a recipe, seen by its extractor, which may be trained into the run's folder."""
-    extractor: FeatureExtractor = recipe.evaluation.extractor(run, str(device))
-    dataset = recipe.training_images()
-    batches = (
-        unit_images(dataset.batch(range(start, min(start + READING_BATCH, len(dataset)))).images)
-        for start in range(0, len(dataset), READING_BATCH)
-    )
-    features = torch.cat([part.cpu() for part in extractor.batches(batches, image_format="8-bit")])
-    return RealImages(
-        name=dataset.name,
-        extractor=extractor,
-        features=features,
-        statistics=FeatureStatistics.from_features(features),
-    )
 
 
 def score_flow(
@@ -120,7 +76,9 @@ def score_flow(
             scores += found
             continue
         sampler = sampler or load_flow(folder.pipeline, chosen)
-        real = real or real_images(recipe, folder.path, chosen)
+        real = real or real_images(
+            recipe.evaluation, recipe.training_images, folder=recipe.folder, run=folder.path, device=chosen
+        )
         score = _score(sampler, recipe, real, num_steps, count, seed, on_progress)
         scores.append(score)
         kept = [*(other for other in kept if other not in found), score]
@@ -153,13 +111,7 @@ def _score(
             on_progress(f"T = {steps}", done, count)
             yield images
 
-    score = frechet_score(
-        batches(),
-        extractor=real.extractor,
-        reference=real.statistics,
-        reference_name=real.name,
-        image_format="8-bit",
-    )
+    score = real.score(batches())
     return FlowScore(
         steps=steps,
         count=count,
@@ -186,17 +138,9 @@ def score_table(scores: Sequence[FlowScore]) -> ScoreTable:
     return ScoreTable(
         columns=("T", "Frechet distance", "real against real", "seconds"),
         rows=rows,
-        caption=_card(scores[0]),
+        caption=card_line(scores[0].card),
         metrics=dict(zip(names, (one.value for one in scores), strict=True)),
-        cards=tuple(f"{name}: {_card(one)}" for name, one in zip(names, scores, strict=True)),
-    )
-
-
-def _card(score: FlowScore) -> str:
-    card = score.card
-    return (
-        f"{card['extractor']} {card['weights_hash'][:8]}, resize {card['resize']}, n = {card['num_images']}, reference "
-        f"{card['reference']} {card['reference_hash'][:8]}, images {card['image_format']}"
+        cards=tuple(f"{name}: {card_line(one.card)}" for name, one in zip(names, scores, strict=True)),
     )
 
 

@@ -1,23 +1,18 @@
 """Images from a run of a flow-matching transformer."""
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from wellposed.data.pictures import save_image, save_image_grid
-from wellposed.recipes.ddpm_draw import grid_columns
 from wellposed.recipes.device import resolved_device
 from wellposed.recipes.flow_draw import draw_images, load_flow
 from wellposed.recipes.flow_recipe import FlowRecipe
+from wellposed.recipes.kept_images import keep_images
 from wellposed.recipes.recipe import DrawnSamples, OnProgress, no_progress
 from wellposed.recipes.run_folder import open_run
 
 __all__ = ["FlowImages", "sample_flow"]
 
 DEFAULT_COUNT = 40
-MOST_IN_GRID = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,27 +48,13 @@ def sample_flow(
     sampler = load_flow(folder.pipeline, resolved_device(device))
     name = f"T{steps:04d}_seed{seed}"
     about = {"recipe": recipe.name, "seed": seed, "num_inference_steps": steps}
-    shown: list[torch.Tensor] = []
-    number = 0
-    started = time.perf_counter()
-    for images in draw_images(
+    drawn = draw_images(
         sampler,
         size=recipe.image_size,
         count=count,
         num_inference_steps=steps,
         batch_size=recipe.sampling.batch_size,
         seed=seed,
-    ):
-        for image in images.cpu():
-            save_image(image, folder.samples / name / f"{number:05d}.png", metadata={**about, "number": number})
-            number += 1
-        if len(shown) < MOST_IN_GRID:
-            shown += images.cpu()
-        on_progress("images", number, count)
-    seconds = time.perf_counter() - started
-    shown = shown[:MOST_IN_GRID]
-    grid = folder.samples / f"{name}.png"
-    save_image_grid(torch.stack(shown), grid, columns=grid_columns(len(shown)), enlarge=2, metadata=about)
-    return FlowImages(
-        overview=grid, folder=folder.samples / name, count=count, evaluations=steps, seconds=round(seconds, 3)
     )
+    kept = keep_images(drawn, folder.samples, name, count=count, about=about, enlarge=2, on_progress=on_progress)
+    return FlowImages(overview=kept.overview, folder=kept.folder, count=count, evaluations=steps, seconds=kept.seconds)

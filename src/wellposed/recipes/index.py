@@ -4,6 +4,7 @@ from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
 
+from wellposed.recipes.decq import decq_imagenet256, decq_tiny
 from wellposed.recipes.dito import dito_photographs, dito_tiny
 from wellposed.recipes.lgs import lgs_celeba64, lgs_cifar10, lgs_cifar10_cosine, lgs_imagenet64, lgs_tiny
 from wellposed.recipes.recipe import Recipe
@@ -17,6 +18,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     for recipe in (
         *(lgs_tiny, lgs_cifar10, lgs_cifar10_cosine, lgs_celeba64, lgs_imagenet64),
         *(udm_tiny, udm_lm1b, udm_owt, udm_sudoku_tiny, udm_sudoku),
+        *(decq_tiny, decq_imagenet256),
         *(dito_tiny, dito_photographs),
     )
 }

@@ -1,5 +1,6 @@
 """From a recipe's training settings to a player and a configuration of the one training loop."""
 
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import torch
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 from torch.optim import AdamW
-from torch.optim.lr_scheduler import LinearLR
+from torch.optim.lr_scheduler import LambdaLR
 
 from wellposed.recipes.recipe import TrainingSettings
 from wellposed.training import Objective, Player, Run, TrainingConfig, derived_seed, export_pretrained
@@ -28,19 +29,45 @@ __all__ = [
 Network = TypeVar("Network", bound=ModelMixin)
 
 
-def player(name: str, model: nn.Module, objective: Objective, settings: TrainingSettings) -> Player:
-    """The network with its loss, optimizer, warm-up and average."""
+def player(
+    name: str, model: nn.Module, objective: Objective, settings: TrainingSettings, *, steps: int | None = None
+) -> Player:
+    """The network with its loss, optimizer, learning rate and average.
+
+    Args:
+        name: the player's.
+        model: the network.
+        objective: its loss.
+        settings: how it is trained.
+        steps: training steps in all, over which a falling learning rate falls; None for those of the settings.
+    """
     optimizer = partial(AdamW, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay)
-    warmup = partial(LinearLR, start_factor=1 / max(1, settings.warmup_steps), total_iters=settings.warmup_steps)
     return Player(
         name=name,
         model=model,
         objective=objective,
         optimizer=optimizer,
-        lr_scheduler=warmup if settings.warmup_steps else None,
+        lr_scheduler=partial(LambdaLR, lr_lambda=_relative_rate(settings, steps or settings.max_steps))
+        if settings.warmup_steps or settings.final_learning_rate is not None
+        else None,
         ema_decay=settings.ema_decay,
         clip_norm=settings.clip_norm,
     )
+
+
+def _relative_rate(settings: TrainingSettings, steps: int) -> Callable[[int], float]:
+    """The learning rate of an update, as a share of the settings'."""
+    warmup, last = settings.warmup_steps, settings.final_learning_rate
+    floor = 1.0 if last is None else last / settings.learning_rate
+
+    def rate(update: int) -> float:
+        if update < warmup:
+            # The first update has a share of the rate, too.
+            return 1 / warmup + (1 - 1 / warmup) * update / warmup
+        progress = min(1.0, (update - warmup) / max(1, steps - warmup))
+        return floor + (1 - floor) * (1 + math.cos(math.pi * progress)) / 2
+
+    return rate
 
 
 def training_config(

@@ -66,7 +66,7 @@ class RequiredFile:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings:
-    """How one network is trained from scratch: Adam, a linear warm-up to a constant rate, averaged weights.
+    """How one network is trained from scratch: Adam, a linear warm-up to a rate that stays or falls, averaged weights.
 
     Attributes:
         max_steps: number of steps.
@@ -75,6 +75,7 @@ class TrainingSettings:
         betas: Adam's.
         weight_decay: decoupled (AdamW).
         warmup_steps: steps over which the learning rate rises linearly to it.
+        final_learning_rate: to which it falls by half a cosine until the last step; None keeps it constant.
         ema_decay: of the averaged weights, which are then the ones exported; None for no average.
         clip_norm: largest norm of the gradient; None leaves it.
         precision: "fp32", or "bf16" for bfloat16 autocast over float32 weights.
@@ -92,6 +93,7 @@ class TrainingSettings:
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
     warmup_steps: int = 0
+    final_learning_rate: float | None = None
     ema_decay: float | None = 0.9999
     clip_norm: float | None = None
     precision: Literal["fp32", "bf16"] = "fp32"

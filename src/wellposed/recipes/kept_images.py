@@ -1,0 +1,71 @@
+"""Drawn images as files: one each, and a grid of the first ones."""
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from wellposed.data.pictures import save_image, save_image_grid
+from wellposed.recipes.ddpm_draw import grid_columns
+from wellposed.recipes.recipe import OnProgress
+
+__all__ = ["KeptImages", "keep_images"]
+
+MOST_IN_GRID = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeptImages:
+    """Where they are.
+
+    Attributes:
+        folder: ``00000.png``, ``00001.png``, ...
+        overview: the grid.
+        seconds: wall-clock time of drawing and writing.
+    """
+
+    folder: Path
+    overview: Path
+    seconds: float
+
+
+def keep_images(
+    batches: Iterator[Float[Tensor, "_ channels height width"]],
+    samples: Path,
+    name: str,
+    *,
+    count: int,
+    about: Mapping[str, str | int | float],
+    enlarge: int = 1,
+    on_progress: OnProgress,
+) -> KeptImages:
+    """Write batches of images in [0, 1] as they come.
+
+    Args:
+        batches: the images.
+        samples: folder of the run's samples.
+        name: of this drawing.
+        count: images in all.
+        about: written into every file.
+        enlarge: factor of the grid.
+        on_progress: called after every batch.
+    """
+    shown: list[Tensor] = []
+    number = 0
+    started = time.perf_counter()
+    for images in batches:
+        for image in images.cpu():
+            save_image(image, samples / name / f"{number:05d}.png", metadata={**about, "number": number})
+            number += 1
+        if len(shown) < MOST_IN_GRID:
+            shown += images.cpu()
+        on_progress("images", number, count)
+    seconds = time.perf_counter() - started
+    shown = shown[:MOST_IN_GRID]
+    grid = samples / f"{name}.png"
+    save_image_grid(torch.stack(shown), grid, columns=grid_columns(len(shown)), enlarge=enlarge, metadata=about)
+    return KeptImages(folder=samples / name, overview=grid, seconds=round(seconds, 3))

@@ -1,0 +1,389 @@
+"""The stages of a latent run: encoder, autoencoder with its statistics, latents, generator, each in its own folder.
+
+A stage that is finished is taken from its folder, and an interrupted one goes on from its last checkpoint. Comparisons
+call stages by themselves: several autoencoders over one encoder, several generators.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Generic, TypeVar, cast
+
+import torch
+from diffusers.utils import logging
+from torch import Tensor, nn
+
+from wellposed.batches import ImageBatch
+from wellposed.data.images import ImageDataset
+from wellposed.data.pictures import save_image_grid
+from wellposed.decq.autoencoder import AutoencoderDecQ
+from wellposed.decq.latents import EncodedImages, cache_latents, latent_statistics
+from wellposed.decq.objectives import discriminator_objective, latent_flow_objective, reconstruction_objective
+from wellposed.decq.pipeline import DecQPipeline
+from wellposed.decq.scheduler import ShiftedFlowScheduler, dimension_shift
+from wellposed.decq.transformer import DecQTransformer2DModel
+from wellposed.evaluation.features import hash_weights
+from wellposed.recipes.ddpm_draw import grid_columns
+from wellposed.recipes.latent_draw import draw_images, reconstructed
+from wellposed.recipes.latent_recipe import GenerationSettings, LatentRecipe
+from wellposed.recipes.optimize import averaged_network, player, seeded_network, training_config
+from wellposed.recipes.recipe import TrainingSettings
+from wellposed.recipes.run_folder import write_json
+from wellposed.training import (
+    Callback,
+    ExportPretrained,
+    IndexedDataset,
+    Objective,
+    PlannedBatches,
+    Player,
+    Run,
+    StepContext,
+    TrainingResult,
+    train,
+)
+from wellposed.training.distributed import Workers, worker_group
+from wellposed.training.export import replaced_folder
+
+__all__ = [
+    "StageOptions",
+    "Trained",
+    "autoencoder_stage",
+    "encoder_stage",
+    "generator_stage",
+    "guide_stage",
+    "latent_stage",
+    "pipeline_of",
+    "time_shift",
+]
+
+AUTOENCODER, DISCRIMINATOR, GENERATOR = "autoencoder", "discriminator", "generator"
+FINISHED_FILE = "finished.json"
+NUM_SHOWN, NUM_GRID_IMAGES = 10, 40
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageOptions:
+    """What a person chooses about a stage beyond its recipe.
+
+    Attributes:
+        seed: of weights, noise and the order of the data.
+        device: "auto", "cpu", "cuda", ...
+        steps: of training, None for the recipe's.
+        progress: show progress bars.
+    """
+
+    seed: int = 0
+    device: str = "auto"
+    steps: int | None = None
+    progress: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained(Generic[Model]):
+    """What a stage leaves.
+
+    Attributes:
+        model: in evaluation mode, on the stage's device.
+        metrics: the last of training.
+    """
+
+    model: Model
+    metrics: Mapping[str, float]
+
+
+def encoder_stage(recipe: LatentRecipe, folder: Path, options: StageOptions) -> nn.Module:
+    """The frozen encoder; where it has to be trained, all ranks do that together."""
+    with worker_group(options.device):
+        return recipe.encoder.get(folder, recipe.folder, options.seed, options.device)
+
+
+def autoencoder_stage(
+    recipe: LatentRecipe, encoder: nn.Module, images: ImageDataset, folder: Path, options: StageOptions
+) -> Trained[AutoencoderDecQ]:
+    """Stage one, and the statistics of its latents over ``images``; the result is kept in ``folder/model``."""
+    settings = recipe.reconstruction
+    steps = options.steps or settings.training.max_steps
+    fresh = seeded_network(lambda: recipe.autoencoder(encoder, **recipe.autoencoder_fields), options.seed)
+    with worker_group(options.device) as workers:
+        result = _train_stage(
+            _reconstruction_players(recipe, fresh, steps, options),
+            recipe.reconstruction_images(),
+            settings.training,
+            folder,
+            steps,
+            options,
+            [ExportPretrained(AUTOENCODER, folder / "weights"), _ShowReconstructions(recipe, folder)],
+        )
+        if not _is_finished(folder / "model", steps):
+            autoencoder = _on(AutoencoderDecQ.from_pretrained(folder / "weights"), workers)
+            latent_statistics(autoencoder, images, workers, mirrored=images.flip).apply_to(autoencoder)
+            _keep(autoencoder, folder / "model", steps, workers)
+        return Trained(model=_on(AutoencoderDecQ.from_pretrained(folder / "model"), workers), metrics=result.metrics)
+
+
+def latent_stage(
+    recipe: LatentRecipe,
+    autoencoder: AutoencoderDecQ,
+    images: ImageDataset,
+    folder: Path,
+    options: StageOptions,
+) -> IndexedDataset:
+    """The latents to train on: in shards below ``folder``, or encoded in every step."""
+    if not recipe.generation.cache:
+        return EncodedImages(autoencoder, images)
+    with worker_group(options.device) as workers:
+        return cache_latents(
+            autoencoder,
+            images,
+            # Another autoencoder's latents, of a longer stage one say, are another folder's.
+            folder / hash_weights(autoencoder)[:12],
+            workers,
+            dtype=getattr(torch, recipe.generation.cache_dtype),
+        )
+
+
+def guide_stage(
+    recipe: LatentRecipe, autoencoder: AutoencoderDecQ, latents: IndexedDataset, folder: Path, options: StageOptions
+) -> Trained[DecQTransformer2DModel] | None:
+    """The guide, if the recipe has one; kept in ``folder/model``."""
+    if recipe.guide is None:
+        return None
+    guide = recipe.guide
+    network = seeded_network(lambda: guide.network(autoencoder, _num_classes(recipe)), options.seed)
+    return _flow_stage(recipe.generation, guide.training, network, autoencoder, latents, folder, options, [])
+
+
+def generator_stage(
+    recipe: LatentRecipe,
+    autoencoder: AutoencoderDecQ,
+    latents: IndexedDataset,
+    folder: Path,
+    options: StageOptions,
+    *,
+    guide: DecQTransformer2DModel | None = None,
+    export: Path | None = None,
+) -> Trained[DecQTransformer2DModel]:
+    """Stage two; kept in ``folder/model``.
+
+    Args:
+        recipe: the run's.
+        autoencoder: whose latents they are.
+        latents: to train on.
+        folder: of checkpoints and metrics.
+        options: steps, seed, device.
+        guide: for the exported pipeline.
+        export: where the pipeline goes at every checkpoint, with some images beside it; None for nowhere.
+    """
+    network = seeded_network(lambda: recipe.generator(autoencoder, _num_classes(recipe)), options.seed)
+    shown: list[Callback] = (
+        [] if export is None else [_ExportPipeline(recipe, autoencoder, guide, export, options.seed)]
+    )
+    settings = recipe.generation
+    return _flow_stage(settings, settings.training, network, autoencoder, latents, folder, options, shown)
+
+
+def pipeline_of(
+    recipe: LatentRecipe,
+    autoencoder: AutoencoderDecQ,
+    generator: DecQTransformer2DModel,
+    *,
+    guide: DecQTransformer2DModel | None = None,
+    patch_decoder: AutoencoderDecQ | None = None,
+) -> DecQPipeline:
+    """The pipeline of trained parts, with the recipe's solver and the time shift that they were trained with."""
+    scheduler = ShiftedFlowScheduler(
+        shift=time_shift(autoencoder, recipe.generation), solver=recipe.sampling.solver, grid=recipe.sampling.grid
+    )
+    names = recipe.training_images().class_names
+    pipe = DecQPipeline(
+        vae=autoencoder,
+        transformer=generator,
+        scheduler=scheduler,
+        guide=guide,
+        patch_decoder=patch_decoder,
+        id2label={str(number): name for number, name in enumerate(names)} or None,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def time_shift(autoencoder: AutoencoderDecQ, settings: GenerationSettings) -> float:
+    """alpha, from the numbers of a patch latent, and of the queries where the settings count them."""
+    width, queries = autoencoder.config["encoder_hidden_size"], autoencoder.config["num_queries"]
+    tokens = autoencoder.grid**2 + (queries if settings.shift_counts_queries else 0)
+    return dimension_shift(width * tokens)
+
+
+def _flow_stage(
+    generation: GenerationSettings,
+    training: TrainingSettings,
+    network: DecQTransformer2DModel,
+    autoencoder: AutoencoderDecQ,
+    latents: IndexedDataset,
+    folder: Path,
+    options: StageOptions,
+    callbacks: list[Callback],
+) -> Trained[DecQTransformer2DModel]:
+    steps = options.steps or training.max_steps
+    objective = latent_flow_objective(
+        shift=time_shift(autoencoder, generation),
+        query_weight=generation.query_weight,
+        reduction=generation.reduction,
+        time_law=generation.time_law,
+        class_dropout=generation.class_dropout,
+    )
+    with worker_group(options.device) as workers:
+        players = player(GENERATOR, network, objective, training, steps=steps)
+        keep = ExportPretrained(GENERATOR, folder / "model")
+        result = _train_stage([players], latents, training, folder, steps, options, [keep, *callbacks])
+        model = _on(DecQTransformer2DModel.from_pretrained(folder / "model"), workers)
+        return Trained(model=model, metrics=result.metrics)
+
+
+def _train_stage(
+    players: list[Player],
+    dataset: IndexedDataset,
+    training: TrainingSettings,
+    folder: Path,
+    steps: int,
+    options: StageOptions,
+    callbacks: list[Callback],
+) -> TrainingResult:
+    return train(
+        players,
+        PlannedBatches(dataset=dataset, batch_size=training.batch_size, seed=options.seed, incomplete="wrap"),
+        training_config(training, steps=steps, seed=options.seed, device=options.device, progress=options.progress),
+        folder,
+        callbacks=callbacks,
+        resume="auto",
+    )
+
+
+def _reconstruction_players(
+    recipe: LatentRecipe, autoencoder: AutoencoderDecQ, steps: int, options: StageOptions
+) -> list[Player]:
+    settings, encoder = recipe.reconstruction, autoencoder.encoder
+    judged = settings.discriminator is not None
+    objective = reconstruction_objective(
+        perceptual=settings.perceptual(options.device, recipe.folder, encoder) if settings.perceptual else None,
+        perceptual_weight=settings.perceptual_weight,
+        discriminator=DISCRIMINATOR if judged else None,
+        adversarial_weight=settings.adversarial_weight,
+        adversarial_start=settings.adversarial_start,
+    )
+    if settings.encoder != "frozen":
+        encoder.requires_grad_(True)
+    if settings.encoder == "distill":
+        objective = _distilled(objective, recipe.autoencoder(encoder), settings.distillation_weight)
+    players = [player(AUTOENCODER, autoencoder, objective, settings.training, steps=steps)]
+    if settings.discriminator is not None:
+        judge = seeded_network(
+            lambda: cast(Any, settings.discriminator)(options.device, recipe.folder, encoder), options.seed
+        )
+        training = settings.discriminator_training or settings.training
+        playing = player(DISCRIMINATOR, judge, discriminator_objective(autoencoder=AUTOENCODER), training, steps=steps)
+        players.append(replace(playing, start=settings.discriminator_start))
+    return players
+
+
+def _distilled(objective: Objective, reference: AutoencoderDecQ, weight: float) -> Objective:
+    """With the mean squared distance of the patch tokens from those of a frozen copy of the encoder."""
+    reference.requires_grad_(False).eval()
+
+    def reference_on(context: StepContext) -> AutoencoderDecQ:
+        nn.Module.to(reference, context.device)
+        return reference
+
+    def with_distance(
+        models: Mapping[str, nn.Module], batch: ImageBatch, context: StepContext
+    ) -> tuple[Tensor, Mapping[str, Tensor | float]]:
+        loss, metrics = objective(models, batch, context)
+        pixels = (batch.images + 1) / 2
+        own = cast(AutoencoderDecQ, models[context.player]).encoder_tokens(pixels).last
+        distance = nn.functional.mse_loss(own, reference_on(context).encoder_tokens(pixels).last)
+        return loss + weight * distance, {**metrics, "distance": distance}
+
+    return with_distance
+
+
+def _num_classes(recipe: LatentRecipe) -> int:
+    labels = recipe.training_images().labels
+    return 1 if labels is None else int(labels.max()) + 1
+
+
+def _on(model: Any, workers: Workers) -> Any:
+    return model.to(workers.device).eval().requires_grad_(False)
+
+
+def _is_finished(folder: Path, steps: int) -> bool:
+    path = folder / FINISHED_FILE
+    return path.is_file() and json.loads(path.read_text(encoding="utf-8"))["steps"] == steps
+
+
+def _keep(autoencoder: AutoencoderDecQ, folder: Path, steps: int, workers: Workers) -> None:
+    if workers.is_main:
+        with replaced_folder(folder) as fresh:
+            autoencoder.save_pretrained(fresh)
+            write_json(fresh / FINISHED_FILE, {"steps": steps})
+    workers.any(False)  # the others load it next
+
+
+class _ShowReconstructions(Callback):
+    """At every checkpoint: test images above, what becomes of them below."""
+
+    def __init__(self, recipe: LatentRecipe, folder: Path) -> None:
+        self.recipe, self.folder = recipe, folder
+
+    def on_checkpoint(self, run: Run, path: Path) -> None:
+        """Draw."""
+        autoencoder = averaged_network(run, AUTOENCODER, AutoencoderDecQ, self.folder)
+        if autoencoder is None:
+            return
+        ((images, originals),) = reconstructed(autoencoder, self.recipe.test_images(), count=NUM_SHOWN)
+        both = torch.cat([originals, images])
+        save_image_grid(both, self.folder / f"{path.name}.png", columns=len(images), enlarge=2)
+
+
+class _ExportPipeline(Callback):
+    """At every checkpoint: the pipeline with the averaged weights, and a grid of samples from it."""
+
+    def __init__(
+        self,
+        recipe: LatentRecipe,
+        autoencoder: AutoencoderDecQ,
+        guide: DecQTransformer2DModel | None,
+        folder: Path,
+        seed: int,
+    ) -> None:
+        self.recipe, self.autoencoder, self.guide, self.folder, self.seed = recipe, autoencoder, guide, folder, seed
+
+    def on_checkpoint(self, run: Run, path: Path) -> None:
+        """Export, draw."""
+        network = averaged_network(run, GENERATOR, DecQTransformer2DModel, self.folder.parent)
+        if network is None:
+            return
+        pipe = pipeline_of(self.recipe, self.autoencoder, network, guide=self.guide)
+        with replaced_folder(self.folder) as fresh, _silent():
+            pipe.save_pretrained(fresh)
+        sampling = self.recipe.sampling
+        drawn = draw_images(
+            pipe, sampling, count=NUM_GRID_IMAGES, num_inference_steps=sampling.num_inference_steps, seed=self.seed
+        )
+        shown = torch.cat(list(drawn)).cpu()
+        grid = self.folder.parent / "samples" / f"{path.name}.png"
+        save_image_grid(shown, grid, columns=grid_columns(len(shown)), enlarge=2)
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """diffusers warns of each component that is None."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)

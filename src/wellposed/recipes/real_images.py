@@ -1,0 +1,112 @@
+"""What samples are compared with: the real images of a recipe, seen by what scores them."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from wellposed.data.images import ImageDataset
+from wellposed.evaluation.features import FeatureExtractor, unit_images
+from wellposed.evaluation.frechet import FeatureStatistics, frechet_floor, frechet_score
+from wellposed.evaluation.inception import fid_extractor
+from wellposed.evaluation.scores import Score
+from wellposed.recipes.ddpm_recipe import FeatureEvaluation, FIDEvaluation
+
+__all__ = ["RealImages", "card_line", "real_images"]
+
+READING_BATCH = 500
+
+
+@dataclass(frozen=True, kw_only=True)
+class RealImages:
+    """What samples are compared with.
+
+    Attributes:
+        name: of the set.
+        metric: "FID" if extractor and statistics are those of FID proper, else "Frechet distance".
+        extractor: features of images in [0, 1].
+        statistics: mean and covariance of the real images' features.
+        features: those features; None where only the statistics are at hand.
+    """
+
+    name: str
+    metric: str
+    extractor: FeatureExtractor
+    statistics: FeatureStatistics
+    features: Float[Tensor, "n dim"] | None
+
+    def score(self, images: Iterable[Float[Tensor, "_ channels height width"]]) -> Score:
+        """Distance of batches of images in [0, 1] to the real ones, with its card."""
+        score = frechet_score(
+            images,
+            extractor=self.extractor,
+            reference=self.statistics,
+            reference_name=self.name,
+            image_format="8-bit",
+        )
+        return replace(score, card=replace(score.card, metric=self.metric))
+
+    def floor(self, count: int) -> float | None:
+        """What ``count`` real images score against the others; None where there are no more than that at hand."""
+        if self.features is None or count >= len(self.features):
+            return None
+        return frechet_floor(self.features, num_images=count, generator=torch.Generator().manual_seed(0))
+
+
+def real_images(
+    evaluation: FeatureEvaluation | FIDEvaluation,
+    images: Callable[[], ImageDataset],
+    *,
+    folder: Path,
+    run: Path,
+    device: torch.device,
+) -> RealImages:
+    """The real images of an evaluation.
+
+    Args:
+        evaluation: a recipe's.
+        images: the real ones; not asked for where the evaluation has a file of their statistics.
+        folder: of the user's files.
+        run: of the run, into which an extractor may be trained.
+        device: where the extractor runs.
+
+    Raises:
+        FileNotFoundError: reference statistics or weights of the extractor are missing.
+        ValueError: damaged ones.
+    """
+    if isinstance(evaluation, FIDEvaluation):
+        reference = evaluation.reference.found_in(folder)
+        return RealImages(
+            name=reference.name,
+            metric="FID",
+            extractor=fid_extractor(evaluation.inception.found_in(folder), device=device),
+            statistics=FeatureStatistics.load(reference),
+            features=None,
+        )
+    extractor: FeatureExtractor = evaluation.extractor(run, str(device))
+    dataset = images()
+    features = torch.cat([part.cpu() for part in extractor.batches(_batches(dataset), image_format="8-bit")])
+    return RealImages(
+        name=dataset.name,
+        metric="Frechet distance",
+        extractor=extractor,
+        statistics=FeatureStatistics.from_features(features),
+        features=features,
+    )
+
+
+def _batches(images: ImageDataset) -> Iterator[Float[Tensor, "_ channels height width"]]:
+    for start in range(0, len(images), READING_BATCH):
+        yield unit_images(images.batch(range(start, min(start + READING_BATCH, len(images)))).images)
+
+
+def card_line(card: Mapping[str, Any]) -> str:
+    """What a score depends on, in a line: of ``Score.to_dict()``."""
+    return (
+        f"{card['extractor']} {card['weights_hash'][:8]}, resize {card['resize']}, n = {card['num_images']}, reference "
+        f"{card['reference']} {card['reference_hash'][:8]}, images {card['image_format']}"
+    )
