@@ -32,7 +32,7 @@ from wellposed.dito.schedule import ErrorInterval, FixedInterval, MatchingSteps,
 Host = Any
 
 # keep_kv computes keys apart from queries, which rounds differently; everything else is the host's own arithmetic.
-ROUNDING = 2e-6
+ROUNDING = 1e-6
 
 
 def settings(**fields: Any) -> TokenReductionConfig:
