@@ -5,7 +5,7 @@ call stages by themselves: several autoencoders over one encoder, several genera
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -47,6 +47,7 @@ from wellposed.training.distributed import Workers, worker_group
 from wellposed.training.export import replaced_folder
 
 __all__ = [
+    "GENERATOR",
     "StageOptions",
     "Trained",
     "autoencoder_stage",
@@ -166,6 +167,7 @@ def generator_stage(
     *,
     guide: DecQTransformer2DModel | None = None,
     export: Path | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> Trained[DecQTransformer2DModel]:
     """Stage two; kept in ``folder/model``.
 
@@ -177,6 +179,7 @@ def generator_stage(
         options: steps, seed, device.
         guide: for the exported pipeline.
         export: where the pipeline goes at every checkpoint, with some images beside it; None for nowhere.
+        callbacks: further ones.
     """
     network = seeded_network(lambda: recipe.generator(autoencoder, _num_classes(recipe)), options.seed)
     shown: list[Callback] = (

@@ -1,0 +1,135 @@
+r"""What queries take from each tapped layer, where they look, and what images have in common by them.
+
+Taps work in series: a tap's condenser moves the queries by D_l = Q_{l+1} - Q_l. Three numbers say what a tap does:
+
+* its share of the movement, |D_l| / sum |D|, averaged over queries and images;
+* how much of the image its attention covers: exp(entropy) / number of tokens, 1 for all alike, 1/N for a single one;
+* its share of the reconstruction: the error that leaving its condenser out adds, over the sum of those of all taps. The
+  queries of the taps behind it then start from what the taps before it left.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
+
+from wellposed.decq.autoencoder import AutoencoderDecQ
+from wellposed.decq.condenser import Condenser
+
+__all__ = ["TapReport", "attention_maps", "tap_report"]
+
+SMALLEST = 1e-12
+
+
+@dataclass(frozen=True, kw_only=True)
+class TapReport:
+    """One entry for each tap, in their order.
+
+    Attributes:
+        layers: tapped layers.
+        movement: share of the movement of the queries; sums to 1.
+        coverage: share of the tokens that the attention is spread over.
+        error: mean squared error of reconstructions without its condenser, over that with all.
+        reconstruction: its share of what leaving out adds; sums to 1, 0 for a tap that does not help.
+    """
+
+    layers: tuple[int, ...]
+    movement: tuple[float, ...]
+    coverage: tuple[float, ...]
+    error: tuple[float, ...]
+    reconstruction: tuple[float, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types, for JSON."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def tap_report(autoencoder: AutoencoderDecQ, images: Float[Tensor, "batch channels height width"]) -> TapReport:
+    """Of some images in [0, 1].
+
+    Raises:
+        ValueError: an autoencoder without queries.
+    """
+    latent, _ = autoencoder.encode(images, return_dict=False)
+    tapped = _tapped(autoencoder, images)
+    moved: list[Tensor] = []
+    covered: list[Tensor] = []
+    queries = _start(autoencoder, tapped)
+    for condenser, tokens in _condensers(autoencoder, tapped):
+        weights = condenser.attention(queries, tokens)
+        entropy = -(weights * weights.clamp_min(SMALLEST).log()).sum(-1)
+        after = condenser(queries, tokens)
+        moved.append((after - queries).norm(dim=-1).mean())
+        covered.append((entropy.exp() / weights.shape[-1]).mean())
+        queries = after
+    decoded = [
+        autoencoder.decode(latent, _without(autoencoder, tapped, tap), return_dict=False)[0]
+        for tap in (None, *range(len(tapped)))
+    ]
+    errors = torch.stack([functional.mse_loss(one, images) for one in decoded])
+    added = (errors[1:] - errors[0]).clamp_min(0)
+    movement = torch.stack(moved)
+    return TapReport(
+        layers=_layers(autoencoder),
+        movement=tuple((movement / movement.sum()).tolist()),
+        coverage=tuple(torch.stack(covered).tolist()),
+        error=tuple((errors[1:] / errors[0]).tolist()),
+        reconstruction=tuple((added / added.sum().clamp_min(SMALLEST)).tolist()),
+    )
+
+
+@torch.no_grad()
+def attention_maps(
+    autoencoder: AutoencoderDecQ, images: Float[Tensor, "batch channels height width"]
+) -> Float[Tensor, "taps batch queries height width"]:
+    """Where each query looks at each tap, mean over heads; a map sums to 1 where queries read patches only.
+
+    Raises:
+        ValueError: an autoencoder without queries.
+    """
+    tapped = _tapped(autoencoder, images)
+    maps: list[Tensor] = []
+    queries = _start(autoencoder, tapped)
+    for condenser, tokens in _condensers(autoencoder, tapped):
+        weights = condenser.attention(queries, tokens).mean(1)
+        patches = weights[..., -(autoencoder.grid**2) :]  # behind class and registers, if those are read
+        maps.append(patches.unflatten(-1, (autoencoder.grid, autoencoder.grid)))
+        queries = condenser(queries, tokens)
+    return torch.stack(maps)
+
+
+def _without(autoencoder: AutoencoderDecQ, tapped: list[Tensor], tap: int | None) -> Tensor:
+    """Query latents, one tap left out."""
+    queries = _start(autoencoder, tapped)
+    for number, (condenser, tokens) in enumerate(_condensers(autoencoder, tapped)):
+        if number != tap:
+            queries = condenser(queries, tokens)
+    return autoencoder.normalize_queries(functional.layer_norm(queries, queries.shape[-1:], eps=1e-6))
+
+
+def _tapped(autoencoder: AutoencoderDecQ, images: Tensor) -> list[Tensor]:
+    if autoencoder.condensers is None:
+        raise ValueError("this autoencoder has no queries, and so no taps; give one with num_queries > 0")
+    return autoencoder.tapped(autoencoder.encoder_tokens(images))
+
+
+def _start(autoencoder: AutoencoderDecQ, tapped: list[Tensor]) -> Tensor:
+    assert autoencoder.condensers is not None
+    return autoencoder.condensers.start(tapped[0])
+
+
+def _condensers(autoencoder: AutoencoderDecQ, tapped: list[Tensor]) -> Iterator[tuple[Condenser, Tensor]]:
+    assert autoencoder.condensers is not None
+    for condenser, tokens in zip(autoencoder.condensers.condensers, tapped, strict=True):
+        assert isinstance(condenser, Condenser)
+        yield condenser, tokens
+
+
+def _layers(autoencoder: AutoencoderDecQ) -> tuple[int, ...]:
+    assert autoencoder.condensers is not None
+    return autoencoder.condensers.layers

@@ -1,0 +1,376 @@
+"""Autoencoders with and without queries, and generators on their latents, on equal ground.
+
+An arm is a recipe that differs from the others in its queries, taps or summed layers only: the same frozen encoder,
+decoder, images, order of images, steps and seeds. ``compare_reconstructions`` trains stage one of each and measures
+what it gains over the first; ``compare_generation`` trains stage two and follows the Frechet distance along the way.
+The demo and ``benchmarks/decq_quality.py`` are calls of them.
+"""
+
+import json
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from wellposed.data.images import ImageDataset
+from wellposed.decq.autoencoder import AutoencoderDecQ
+from wellposed.decq.interpret import TapReport, tap_report
+from wellposed.decq.transformer import DecQTransformer2DModel
+from wellposed.evaluation.features import unit_images
+from wellposed.evaluation.frechet import FeatureStatistics, frechet_distance
+from wellposed.evaluation.frequency import BandErrors
+from wellposed.recipes.latent_draw import draw_images
+from wellposed.recipes.latent_evaluate import Reconstruction, measure_reconstruction
+from wellposed.recipes.latent_recipe import LatentRecipe
+from wellposed.recipes.latent_stages import (
+    GENERATOR,
+    StageOptions,
+    Trained,
+    autoencoder_stage,
+    generator_stage,
+    latent_stage,
+    pipeline_of,
+)
+from wellposed.recipes.real_images import RealImages
+from wellposed.recipes.run_folder import write_json
+from wellposed.training import Callback, Run
+
+__all__ = [
+    "Arm",
+    "GenerationCurve",
+    "ReconstructionOutcome",
+    "arms",
+    "compare_generation",
+    "compare_reconstructions",
+    "stage_one",
+    "time_to_reach",
+]
+
+RAE = "RAE"
+TAP_IMAGES = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One of the autoencoders that are compared.
+
+    Attributes:
+        name: as in tables and plots.
+        recipe: how it is made.
+    """
+
+    name: str
+    recipe: LatentRecipe
+
+
+def arms(
+    recipe: LatentRecipe,
+    taps: Mapping[str, Sequence[int]],
+    *,
+    query_counts: Sequence[int] = (2, 8, 16),
+    summed_layers: int = 4,
+) -> list[Arm]:
+    """The published ablations, and the sum of the last layers with and without queries.
+
+    Args:
+        recipe: what they have in common.
+        taps: placements by name; ``"spread"`` is the default one.
+        query_counts: K at the default placement; 8 is also that of the other placements.
+        summed_layers: k.
+    """
+    plain = recipe.with_queries(0)
+    found = [Arm(name=RAE, recipe=plain)]
+    for placement, layers in taps.items():
+        counts = query_counts if placement == "spread" else (8,)
+        found += [Arm(name=f"K = {count}, {placement}", recipe=recipe.with_queries(count, layers)) for count in counts]
+    found += [
+        Arm(name=f"last {summed_layers} layers", recipe=plain.with_queries(0, num_summed_layers=summed_layers)),
+        Arm(
+            name=f"last {summed_layers} layers, K = 8",
+            recipe=recipe.with_queries(8, taps["spread"], num_summed_layers=summed_layers),
+        ),
+    ]
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconstructionOutcome:
+    """Stage one of an arm with one seed.
+
+    Attributes:
+        arm: its name.
+        seed: of weights, noise and order.
+        psnr: mean over the test images, dB.
+        ssim: likewise.
+        bands: mean squared error by frequency, coarse to fine.
+        block_sizes: of the bands, in pixels.
+        gain: of the mean squared error over the first arm with the same seed, dB, with its error over images.
+        band_gains: likewise, of each band.
+        taps: what each tap does; None without queries.
+        parameters: that are trained.
+    """
+
+    arm: str
+    seed: int
+    psnr: float
+    ssim: float
+    bands: tuple[float, ...]
+    block_sizes: tuple[int, ...]
+    gain: tuple[float, float]
+    band_gains: tuple[tuple[float, float], ...]
+    taps: TapReport | None
+    parameters: int
+
+
+def compare_reconstructions(
+    chosen: Sequence[Arm],
+    encoder: nn.Module,
+    folder: Path,
+    *,
+    seeds: Sequence[int] = (0,),
+    steps: int | None = None,
+    device: str = "cpu",
+    block_sizes: Sequence[int],
+    count: int | None = None,
+    on_outcome: Callable[[ReconstructionOutcome, Reconstruction], None] = lambda outcome, made: None,
+) -> list[ReconstructionOutcome]:
+    """Train stage one of every arm with every seed, and measure it on the test images.
+
+    Autoencoders are kept in ``folder`` by arm and seed; finished ones are taken from there.
+
+    Args:
+        chosen: the arms; gains are over the first.
+        encoder: the frozen one of all.
+        folder: of autoencoders.
+        seeds: of the trainings.
+        steps: of each, None for the recipe's.
+        device: where they run.
+        block_sizes: of the frequency bands, coarse to fine, ending with 1.
+        count: test images, None for all.
+        on_outcome: called with each outcome and its reconstructions.
+    """
+    outcomes: list[ReconstructionOutcome] = []
+    for seed in seeds:
+        baseline: BandErrors | None = None
+        for arm in chosen:
+            autoencoder = stage_one(arm, encoder, folder, seed=seed, steps=steps, device=device).model
+            test = arm.recipe.test_images()
+            made = measure_reconstruction(autoencoder, test, count=count, block_sizes=block_sizes)
+            baseline = made.bands if baseline is None else baseline
+            outcome = _outcome(arm, seed, autoencoder, made, baseline, test)
+            outcomes.append(outcome)
+            on_outcome(outcome, made)
+    return outcomes
+
+
+def stage_one(
+    arm: Arm, encoder: nn.Module, folder: Path, *, seed: int, steps: int | None = None, device: str = "cpu"
+) -> Trained[AutoencoderDecQ]:
+    """An arm's autoencoder, trained or taken from the folder."""
+    options = StageOptions(seed=seed, device=device, steps=steps)
+    return autoencoder_stage(
+        arm.recipe, encoder, arm.recipe.training_images(), folder / f"{_slug(arm.name)}-{seed}", options
+    )
+
+
+def _outcome(
+    arm: Arm,
+    seed: int,
+    autoencoder: AutoencoderDecQ,
+    made: Reconstruction,
+    baseline: BandErrors,
+    images: ImageDataset,
+) -> ReconstructionOutcome:
+    gain = made.bands.gain_db(baseline)
+    trained = [p for name, p in autoencoder.named_parameters() if not name.startswith("encoder.")]
+    return ReconstructionOutcome(
+        arm=arm.name,
+        seed=seed,
+        psnr=made.psnr,
+        ssim=made.ssim,
+        bands=tuple(made.bands.mse.mean(0).tolist()),
+        block_sizes=tuple(height for height, _ in made.bands.block_sizes),
+        gain=(gain.value, gain.standard_error),
+        band_gains=tuple((one.value, one.standard_error) for one in made.bands.gains_db(baseline)),
+        taps=None if autoencoder.condensers is None else tap_report(autoencoder, _some(images, autoencoder)),
+        parameters=sum(p.numel() for p in trained),
+    )
+
+
+def _some(images: ImageDataset, autoencoder: AutoencoderDecQ) -> Tensor:
+    batch = images.batch(range(min(TAP_IMAGES, len(images)))).images
+    return unit_images(batch).to(autoencoder.device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationCurve:
+    """Stage two of an arm with one seed.
+
+    Attributes:
+        arm: its name.
+        seed: of weights, noise and order; the autoencoder is that of the same seed.
+        steps: of training, where the distance was measured.
+        epochs: passes over the images that these are.
+        seconds: CPU time of training up to there, without measuring.
+        frechet: distance of samples from the averaged weights to the training images.
+        discarded: the last distance with the patches decoded by the plain autoencoder of the same seed; None for that
+            one itself.
+    """
+
+    arm: str
+    seed: int
+    steps: tuple[int, ...]
+    epochs: tuple[float, ...]
+    seconds: tuple[float, ...]
+    frechet: tuple[float, ...]
+    discarded: float | None = None
+
+
+def compare_generation(
+    chosen: Sequence[Arm],
+    encoder: nn.Module,
+    folder: Path,
+    real: RealImages,
+    *,
+    seeds: Sequence[int] = (0,),
+    reconstruction_steps: int | None = None,
+    steps: int | None = None,
+    every: int,
+    count: int,
+    sampling_steps: int,
+    device: str = "cpu",
+    on_curve: Callable[[GenerationCurve, Tensor], None] = lambda curve, images: None,
+) -> list[GenerationCurve]:
+    """Train a generator on the latents of every arm with every seed, and follow its Frechet distance.
+
+    Args:
+        chosen: the arms; the first one is the plain autoencoder, with which patches alone are decoded.
+        encoder: the frozen one of all.
+        folder: of autoencoders, shared with :func:`compare_reconstructions`, and of generators.
+        real: what samples are compared with.
+        seeds: of the trainings.
+        reconstruction_steps: of stage one.
+        steps: of stage two, None for the recipe's.
+        every: training steps between measurements.
+        count: samples of each.
+        sampling_steps: of the scheduler's grid.
+        device: where they run.
+        on_curve: called with each curve and its last samples.
+    """
+    curves: list[GenerationCurve] = []
+    for seed in seeds:
+        plain: AutoencoderDecQ | None = None
+        for arm in chosen:
+            autoencoder = stage_one(arm, encoder, folder, seed=seed, steps=reconstruction_steps, device=device).model
+            plain = plain or autoencoder
+            where = folder / f"{_slug(arm.name)}-{seed}"
+            options = StageOptions(seed=seed, device=device, steps=steps)
+            images = arm.recipe.training_images()
+            latents = latent_stage(arm.recipe, autoencoder, images, where / "latents", options)
+            measure = _Measure(arm.recipe, autoencoder, real, count, sampling_steps, seed)
+            follow = _FollowFrechet(measure, every, where / "generator" / "curve.json")
+            generator = generator_stage(
+                arm.recipe, autoencoder, latents, where / "generator", options, callbacks=[follow]
+            ).model
+            samples = torch.cat(list(measure.samples(generator)))
+            discarded = None if autoencoder is plain else measure(generator, patch_decoder=plain)
+            per_epoch = len(images) / arm.recipe.generation.training.batch_size
+            curve = GenerationCurve(
+                arm=arm.name,
+                seed=seed,
+                steps=tuple(follow.steps),
+                epochs=tuple(step / per_epoch for step in follow.steps),
+                seconds=tuple(follow.seconds),
+                frechet=tuple(follow.frechet),
+                discarded=discarded,
+            )
+            curves.append(curve)
+            on_curve(curve, samples)
+    return curves
+
+
+def time_to_reach(curve: GenerationCurve, value: float, *, by: str = "steps") -> float | None:
+    """Steps, epochs or seconds after which a curve is first at or below a value, on straight lines between its points.
+
+    None where it never is.
+    """
+    times: Sequence[float] = getattr(curve, by)
+    for index, distance in enumerate(curve.frechet):
+        if distance <= value:
+            if index == 0:
+                return float(times[0])
+            before = curve.frechet[index - 1]
+            share = (before - value) / (before - distance)
+            return times[index - 1] + share * (times[index] - times[index - 1])
+    return None
+
+
+@dataclass(frozen=True)
+class _Measure:
+    """The Frechet distance of a generator's samples."""
+
+    recipe: LatentRecipe
+    autoencoder: AutoencoderDecQ
+    real: RealImages
+    count: int
+    sampling_steps: int
+    seed: int
+
+    def samples(
+        self, generator: DecQTransformer2DModel, *, patch_decoder: AutoencoderDecQ | None = None
+    ) -> Iterator[Tensor]:
+        pipe = pipeline_of(self.recipe, self.autoencoder, generator, patch_decoder=patch_decoder)
+        return draw_images(
+            pipe,
+            self.recipe.sampling,
+            count=self.count,
+            num_inference_steps=self.sampling_steps,
+            seed=self.seed,
+            discard_queries=patch_decoder is not None,
+        )
+
+    def __call__(self, generator: DecQTransformer2DModel, *, patch_decoder: AutoencoderDecQ | None = None) -> float:
+        drawn = self.samples(generator, patch_decoder=patch_decoder)
+        features = torch.cat([part.cpu() for part in self.real.extractor.batches(drawn, image_format="8-bit")])
+        return frechet_distance(FeatureStatistics.from_features(features), self.real.statistics)
+
+
+class _FollowFrechet(Callback):
+    """Measures along the way; what was measured before an interruption is read again."""
+
+    def __init__(self, measure: _Measure, every: int, path: Path) -> None:
+        self.measure, self.every, self.path = measure, every, path
+        held = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        self.steps: list[int] = held.get("steps", [])
+        self.seconds: list[float] = held.get("seconds", [])
+        self.frechet: list[float] = held.get("frechet", [])
+        self._clock: float | None = None
+        self._elapsed = 0.0
+
+    def on_step_end(self, run: Run) -> None:
+        """Measure, if it is time."""
+        now = time.process_time()
+        if self._clock is None:  # the first step of this process
+            kept = sum(step < run.step for step in self.steps)
+            self.steps, self.seconds, self.frechet = self.steps[:kept], self.seconds[:kept], self.frechet[:kept]
+            self._elapsed = self.seconds[-1] if self.seconds else 0.0
+        else:
+            self._elapsed += now - self._clock
+        if run.step % self.every == 0:
+            with run.evaluating(GENERATOR) as network:
+                assert isinstance(network, DecQTransformer2DModel)
+                value = self.measure(network)
+            self.steps.append(run.step)
+            self.seconds.append(self._elapsed)
+            self.frechet.append(value)
+            held = {"steps": self.steps, "seconds": self.seconds, "frechet": self.frechet}
+            write_json(self.path, held)
+        self._clock = time.process_time()
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
