@@ -31,6 +31,7 @@ __all__ = [
     "finetuned",
     "guided",
     "on_siglip2",
+    "tiny_encoder",
     "with_joint_loss",
 ]
 
@@ -240,7 +241,8 @@ def on_siglip2(recipe: LatentRecipe) -> LatentRecipe:
 # --- in small
 
 
-def _tiny_encoder(folder: Path, data: Path, seed: int, device: str) -> Any:
+def tiny_encoder(folder: Path, images: Any, *, steps: int, seed: int, device: str) -> Any:
+    """The small encoder, trained on the classes of ``images``, or taken from the folder."""
     from wellposed.recipes.small_encoder import EncoderShape, small_encoder
 
     shape = EncoderShape(
@@ -251,17 +253,21 @@ def _tiny_encoder(folder: Path, data: Path, seed: int, device: str) -> Any:
         num_attention_heads=4,
     )
     training = TrainingSettings(
-        max_steps=400,
+        max_steps=steps,
         batch_size=64,
         learning_rate=1e-3,
         warmup_steps=50,
         final_learning_rate=1e-5,
         ema_decay=None,
         clip_norm=1.0,
-        checkpoint_every=400,
+        checkpoint_every=steps,
         log_every=50,
     )
-    return small_encoder(folder, _tiny_images(data), shape, training, seed=seed, device=device)
+    return small_encoder(folder, images, shape, training, seed=seed, device=device)
+
+
+def _tiny_encoder(folder: Path, data: Path, seed: int, device: str) -> Any:
+    return tiny_encoder(folder, _tiny_images(data), steps=400, seed=seed, device=device)
 
 
 def _tiny_autoencoder(encoder: Any, **fields: Any) -> Any:
