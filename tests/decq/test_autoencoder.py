@@ -7,19 +7,11 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderRAE
-from safetensors.torch import load_file, save_file
 
 from wellposed.decq.autoencoder import AutoencoderDecQ
 from wellposed.decq.encoders import ENCODERS
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-OLD_LAYOUT = {
-    ".attention.q_proj": ".attention.attention.query",
-    ".attention.k_proj": ".attention.attention.key",
-    ".attention.v_proj": ".attention.attention.value",
-    ".attention.o_proj": ".attention.output.dense",
-}
-
 Build = Callable[..., AutoencoderDecQ]
 
 
@@ -61,34 +53,6 @@ def test_it_loads_what_the_rae_saved_and_the_other_way(
     assert torch.equal(AutoencoderRAE.from_pretrained(tmp_path / "back")(images).sample, theirs(images).sample)
 
 
-@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-def test_both_layouts_of_transformers_load(
-    sizes: dict[str, Any], images: torch.Tensor, tmp_path: Path, low_cpu_mem_usage: bool
-) -> None:
-    theirs = rae(sizes)
-    theirs.save_pretrained(tmp_path)
-    weights = load_file(tmp_path / WEIGHTS)
-    renamed = {}
-    for name, value in weights.items():
-        for new, old in OLD_LAYOUT.items():
-            name = name.replace(new, old) if name.startswith("encoder.") else name  # noqa: PLW2901
-        renamed[name] = value
-    assert len(set(weights) - set(renamed)) == 4 * 4 * 2
-    save_file(renamed, tmp_path / WEIGHTS, metadata={"format": "pt"})
-    ours = AutoencoderDecQ.from_pretrained(tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
-    assert torch.equal(ours(images).sample, theirs(images).sample)
-
-
-@pytest.mark.parametrize("part", ["encoder.encoder.layer.1.attention.q_proj.weight", "condensers.queries"])
-def test_missing_weights_are_an_error(build: Build, tmp_path: Path, part: str) -> None:
-    build().save_pretrained(tmp_path)
-    weights = load_file(tmp_path / WEIGHTS)
-    del weights[part]
-    save_file(weights, tmp_path / WEIGHTS, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="would be random"):
-        AutoencoderDecQ.from_pretrained(tmp_path)
-
-
 def test_a_truncated_checkpoint_is_an_error(build: Build, tmp_path: Path) -> None:
     build().save_pretrained(tmp_path)
     whole = (tmp_path / WEIGHTS).read_bytes()
@@ -119,9 +83,13 @@ def test_gradients_reach_everything_but_the_encoder(build: Build, images: torch.
     model.enable_gradient_checkpointing()
     (model(images).sample - images.mean()).square().mean().backward()
     assert all(p.grad is None for p in model.encoder.parameters())
-    # A constant added to all of a query's scores changes no softmax: its gradient is zero, or not there.
-    missing = {n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())}
-    assert missing == {f"condensers.condensers.{i}.attn.to_k.bias" for i in range(2)}
+    largest = {n: p.grad.abs().max() for n, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+    assert set(largest) == {n for n, p in model.named_parameters() if p.requires_grad}
+    # A constant added to all of a query's scores changes no softmax: the gradient of these is what rounding leaves.
+    constants = {f"condensers.condensers.{i}.attn.to_k.bias" for i in range(2)}
+    for name, gradient in largest.items():
+        other = largest[name.replace("to_k.bias", "to_k.weight")]
+        assert gradient < 1e-4 * other if name in constants else gradient > 0
 
 
 def test_noise_has_one_deviation_for_patches_and_queries(build: Build, images: torch.Tensor) -> None:

@@ -15,11 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, cast
 
+import diffusers
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.autoencoders.autoencoder_rae import AutoencoderRAE, RAEDecoder
 from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput
+from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
@@ -29,19 +31,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from wellposed.decq.condenser import QUERY_STD, DetailCondensers
-from wellposed.decq.encoders import ENCODERS, EncodedTokens, encode_tokens
+from wellposed.decq.encoders import ENCODERS, IMAGENET_MEAN, IMAGENET_STD, EncodedTokens, encode_tokens
 from wellposed.decq.key_layouts import in_layout_of
 from wellposed.saving import saved_class
 
 __all__ = ["AutoencoderDecQ", "DecQDecoder", "DecQEncoderOutput"]
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 STD_EPS = 1e-5
+PUBLISHED_GRID = 16
 RAE_ENCODERS = ("dinov2", "siglip2", "mae")
 OUR_FIELDS = (
     *("num_queries", "condenser_layers", "condenser_num_heads", "condenser_mlp_ratio", "condenser_context"),
-    *("num_summed_layers", "encoder_config", "latents_shape", "query_latents_shape"),
+    *("num_summed_layers", "encoder_config", "decoder_position_range", "latents_shape", "query_latents_shape"),
 )
 
 Model = TypeVar("Model", bound=ModelMixin)
@@ -68,12 +69,20 @@ class DecQDecoder(RAEDecoder):
         num_queries: K.
         hidden_size: C, of patches and queries.
         decoder_hidden_size: width of the blocks.
+        grid: patches in a row.
+        position_range: see ``decoder_position_range`` of :class:`AutoencoderDecQ`.
         sizes: further arguments of ``RAEDecoder``.
     """
 
-    def __init__(self, num_queries: int, hidden_size: int, decoder_hidden_size: int, **sizes: Any) -> None:
-        super().__init__(hidden_size=hidden_size, decoder_hidden_size=decoder_hidden_size, **sizes)
+    def __init__(
+        self, num_queries: int, hidden_size: int, decoder_hidden_size: int, grid: int, position_range: int, **sizes: Any
+    ) -> None:
+        super().__init__(hidden_size=hidden_size, decoder_hidden_size=decoder_hidden_size, num_patches=grid**2, **sizes)
         self.num_queries = num_queries
+        positions = get_2d_sincos_pos_embed(
+            decoder_hidden_size, grid, cls_token=True, extra_tokens=1, base_size=position_range, output_type="pt"
+        )
+        self.register_buffer("decoder_pos_embed", positions[None].float(), persistent=False)
         if num_queries:
             self.query_embed = nn.Linear(hidden_size, decoder_hidden_size)
             self.query_pos_embed = nn.Parameter(QUERY_STD * torch.randn(num_queries, decoder_hidden_size))
@@ -139,6 +148,9 @@ class AutoencoderDecQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin)
         num_summed_layers: k, the patch latents are the sum of the encoder's last k layers, each normalised, normalised
             again (the idea of RAEv2, arXiv 2605.18324; that each is normalised first is ours). 1 is the last layer.
         encoder_config: entries of the encoder's configuration that differ from the usual.
+        decoder_position_range: patches of a row lie at 0 <= x < this, evenly spaced, in the decoder's fixed positions.
+            16 is what ``AutoencoderRAE`` has whatever the grid; the published decoders count their patches, so that
+            one for 32 in a row needs 32.
         latents_shape: shape of the patch latents' statistics; set by :meth:`set_latent_statistics`.
         query_latents_shape: shape of the query latents' statistics; likewise.
 
@@ -148,6 +160,9 @@ class AutoencoderDecQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin)
 
     _supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["ViTMAELayer", "Condenser"]
+    _repeated_blocks: ClassVar[list[str]] = ["ViTMAELayer"]
+    # Offloaded in groups one by one: encode and decode are no forward, at which the whole would be brought back.
+    _group_offload_block_modules: ClassVar[list[str]] = ["encoder", "condensers", "decoder"]
     _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = ["decoder.decoder_pos_embed"]
 
     @register_to_config
@@ -180,6 +195,7 @@ class AutoencoderDecQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin)
         condenser_context: str = "patch",
         num_summed_layers: int = 1,
         encoder_config: Mapping[str, Any] | None = None,
+        decoder_position_range: int = PUBLISHED_GRID,
         latents_shape: Sequence[int] | None = None,
         query_latents_shape: Sequence[int] | None = None,
     ) -> None:
@@ -197,6 +213,8 @@ class AutoencoderDecQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin)
             raise ValueError(
                 f"num_summed_layers is {num_summed_layers}; the encoder has blocks 1 to {encoder_num_hidden_layers}"
             )
+        if decoder_position_range < 1:
+            raise ValueError(f"decoder_position_range is {decoder_position_range}; give 16, or the {grid} of the grid")
         layers = _checked_layers(condenser_layers, encoder_num_hidden_layers) if num_queries else ()
 
         self.encoder = ENCODERS[encoder_type].build(
@@ -220,10 +238,11 @@ class AutoencoderDecQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin)
             num_queries,
             encoder_hidden_size,
             decoder_hidden_size,
+            grid,
+            decoder_position_range,
             decoder_num_hidden_layers=decoder_num_hidden_layers,
             decoder_num_attention_heads=decoder_num_attention_heads,
             decoder_intermediate_size=decoder_intermediate_size,
-            num_patches=grid**2,
             patch_size=patch_size,
             num_channels=num_channels,
             image_size=patch_size * grid,
@@ -279,13 +298,21 @@ class AutoencoderDecQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin)
         output = DecQEncoderOutput(latent=latent, query_latent=queries)
         return output if return_dict else output.to_tuple()
 
-    def encoder_tokens(self, x: Float[Tensor, "batch channels height width"]) -> EncodedTokens:
-        """What the frozen encoder says of images in [0, 1]: one pass, and no graph unless ``x`` asks for one."""
+    def encoder_tokens(
+        self, x: Float[Tensor, "batch channels height width"], *, hidden_states: bool = True
+    ) -> EncodedTokens:
+        """What the encoder says of images in [0, 1]: one pass.
+
+        Args:
+            x: images; nothing is differentiated unless they, or weights of the encoder, require a gradient.
+            hidden_states: whether to keep what lies between the blocks.
+        """
         size = self.config["encoder_input_size"]
         if x.shape[-2:] != (size, size):
             x = functional.interpolate(x, size=(size, size), mode="bicubic", align_corners=False)
         mean, std = self._scale(x)
-        return encode_tokens(self.encoder, ENCODERS[self.config["encoder_type"]], (x - mean) / std)
+        kind = ENCODERS[self.config["encoder_type"]]
+        return encode_tokens(self.encoder, kind, (x - mean) / std, hidden_states=hidden_states)
 
     def tapped(self, encoded: EncodedTokens) -> list[Float[Tensor, "batch tokens width"]]:
         """The tokens that each condenser reads."""
@@ -295,8 +322,9 @@ class AutoencoderDecQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin)
         return [encoded.patches(layer) for layer in layers]
 
     def _encode(self, x: Tensor, generator: Generators) -> tuple[Tensor, Tensor | None]:
-        encoded = self.encoder_tokens(x)
-        patches = _summed_layers(encoded, self.config["num_summed_layers"])
+        summed = self.config["num_summed_layers"]
+        encoded = self.encoder_tokens(x, hidden_states=self.condensers is not None or summed > 1)
+        patches = _summed_layers(encoded, summed)
         queries = None if self.condensers is None else self.condensers(self.tapped(encoded))
         if self.training and self.config["noise_tau"] > 0:
             patches, queries = self._add_noise(patches, queries, generator)
@@ -339,8 +367,9 @@ class AutoencoderDecQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin)
             return_dict: False for a tuple.
 
         Raises:
-            ValueError: query latents missing, of another shape, or not wanted.
+            ValueError: latents of another shape; query latents missing or not wanted.
         """
+        self._check_patch_latents(z)
         self._check_query_latents(z, query_latent)
         if self.use_slicing and len(z) > 1:
             queries = [None] * len(z) if query_latent is None else query_latent.split(1)
@@ -437,6 +466,10 @@ class AutoencoderDecQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin)
         """The inverse of :meth:`normalize_patches`: without statistics and scaling factor."""
         return self._denormalized(latent, "_latents")
 
+    def normalize_queries(self, queries: Float[Tensor, "batch queries width"]) -> Float[Tensor, "batch queries width"]:
+        """What the condensers leave, as query latents."""
+        return self._normalized(queries, "_query_latents")
+
     def denormalize_queries(self, latent: Float[Tensor, "batch queries width"]) -> Float[Tensor, "batch queries width"]:
         """Query latents without statistics and scaling factor, as the condensers leave them."""
         return self._denormalized(latent, "_query_latents")
@@ -509,20 +542,25 @@ class AutoencoderDecQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin)
         state_dict.update(renamed)
 
     @classmethod
-    def from_rae(cls, rae: AutoencoderRAE, **config: Any) -> "AutoencoderDecQ":
+    def from_rae(cls, rae: "AutoencoderRAE | AutoencoderDecQ", **config: Any) -> "AutoencoderDecQ":
         """A plain RAE's encoder, decoder and statistics, with fresh queries where ``num_queries`` asks for them.
 
         Args:
-            rae: a model of diffusers.
+            rae: a model of diffusers, or one of ours with K = 0.
             config: fields of ours, e.g. ``num_queries=8, condenser_layers=(0, 3, 6, 9)``; ``num_queries`` is 0 if it is
                 not given.
+
+        Raises:
+            ValueError: a model with queries.
         """
+        if rae.config.get("num_queries", 0):
+            raise ValueError(f"the model has {rae.config['num_queries']} queries already; give a plain RAE")
         fields: dict[str, Any] = {name: value for name, value in rae.config.items() if not name.startswith("_")}
         fields |= {"latents_mean": rae._latents_mean, "latents_std": rae._latents_std}
         fields = {"num_queries": 0, **fields, **config}
         model = cls(**fields)
         model._take_weights(rae.state_dict())
-        return _in_dtype_of(rae, model)
+        return _like(rae, model)
 
     @classmethod
     def from_encoder(cls, encoder: str | Path | nn.Module, encoder_type: str = "dinov2", **config: Any) -> Any:
@@ -531,38 +569,30 @@ class AutoencoderDecQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin)
         Args:
             encoder: what the ``from_pretrained`` of the encoder's class takes, or the model itself.
             encoder_type: its family.
-            config: further fields. Those that the encoder fixes are read off its configuration.
+            config: further fields. Those that the encoder fixes are read off its configuration; the normalisation of
+                images is its family's, and it sees 16 patches in a row (224 pixels for patches of 14, 256 for 16).
 
         Raises:
-            ValueError: an unknown family.
+            ValueError: an unknown family, a model of another one.
         """
         if encoder_type not in ENCODERS:
             raise ValueError(f"encoder_type is {encoder_type!r}; write one of {', '.join(ENCODERS)}")
-        if not isinstance(encoder, nn.Module):
-            import transformers
-
-            encoder = cast(
-                nn.Module, getattr(transformers, ENCODERS[encoder_type].model_class).from_pretrained(encoder)
-            )
-        described: Any = encoder.config
-        sizes = {"hidden_size", "patch_size", "num_hidden_layers"}
-        drop = {*sizes, "architectures", "transformers_version", "dtype", "model_type", "id2label", "label2id"}
-        entries = {name: value for name, value in described.to_diff_dict().items() if name not in drop}
-        entries |= {"num_attention_heads": described.num_attention_heads}
-        if hasattr(described, "image_size"):
-            entries["image_size"] = described.image_size
+        kind = ENCODERS[encoder_type]
+        encoder = kind.load(encoder)
+        described = cast(Any, encoder).config
         fields: dict[str, Any] = {
             "encoder_type": encoder_type,
             "encoder_hidden_size": described.hidden_size,
             "encoder_patch_size": described.patch_size,
             "encoder_num_hidden_layers": described.num_hidden_layers,
-            "encoder_config": {name: value for name, value in entries.items() if not name.startswith("_")},
+            "encoder_input_size": PUBLISHED_GRID * described.patch_size,
+            "encoder_norm_mean": kind.image_mean,
+            "encoder_norm_std": kind.image_std,
+            "encoder_config": kind.differing(described) or None,
         }
-        fields |= config
-        model = cls(**fields)
-        norm = ENCODERS[encoder_type].norm
-        weights = {name: w for name, w in encoder.state_dict().items() if not name.startswith(f"{norm}.")}
-        model.encoder.load_state_dict(weights)
+        model = cls(**{**fields, **config})
+        weights = encoder.state_dict()
+        model.encoder.load_state_dict({n: w for n, w in weights.items() if not n.startswith(f"{kind.norm}.")})
         return model
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, as_rae: bool = False, **kwargs: Any) -> None:
@@ -595,15 +625,23 @@ class AutoencoderDecQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin)
         fields = {name: v for name, v in config.items() if not name.startswith("_") and name not in OUR_FIELDS}
         has_statistics = self._latents_mean.numel() > 1
         statistics = {"latents_mean": self._latents_mean, "latents_std": self._latents_std} if has_statistics else {}
-        rae = AutoencoderRAE(**{**fields, **statistics})
         try:
-            rae.load_state_dict(self.state_dict())
-        except RuntimeError as error:
+            rae = AutoencoderRAE(**{**fields, **statistics})
+        except AttributeError as error:
             raise ValueError(
-                "AutoencoderRAE builds another encoder of these sizes than encoder_config = "
-                f"{config['encoder_config']} asks for; save without as_rae"
+                f"diffusers {diffusers.__version__} cannot build an AutoencoderRAE with a {config['encoder_type']} "
+                "encoder beside this version of transformers; save without as_rae"
             ) from error
-        return _in_dtype_of(self, rae)
+        others = ENCODERS[config["encoder_type"]].differing(cast(Any, self.encoder).config)
+        same_positions = config["decoder_position_range"] == PUBLISHED_GRID
+        if others or not same_positions:
+            raise ValueError(
+                f"AutoencoderRAE builds another model of these sizes: here the encoder has {others or 'nothing else'} "
+                f"and decoder_position_range is {config['decoder_position_range']}, there {PUBLISHED_GRID}; save "
+                "without as_rae"
+            )
+        rae.load_state_dict(self.state_dict())
+        return _like(self, rae)
 
     def _take_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Weights of a plain RAE; what it has not stays as it was drawn."""
@@ -629,6 +667,13 @@ class AutoencoderDecQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin)
             if low < -0.5 or high > 1.5:
                 raise ValueError(f"images span [{low:.3g}, {high:.3g}]; give values in [0, 1]")
 
+    def _check_patch_latents(self, z: Tensor) -> None:
+        width, square = self.config["encoder_hidden_size"], self.config["reshape_to_2d"]
+        wanted = f"(batch, {width}, side, side)" if square else f"(batch, patches, {width})"
+        fits = z.ndim == 4 and z.shape[1] == width and z.shape[2] == z.shape[3]
+        if not (fits if square else z.ndim == 3 and z.shape[2] == width):
+            raise ValueError(f"patch latents have shape {tuple(z.shape)}; expected {wanted}")
+
     def _check_query_latents(self, z: Tensor, query_latent: Tensor | None) -> None:
         num_queries, width = self.config["num_queries"], self.config["encoder_hidden_size"]
         if num_queries and query_latent is None:
@@ -643,9 +688,11 @@ class AutoencoderDecQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin)
             )
 
 
-def _in_dtype_of(source: ModelMixin, model: Model) -> Model:
-    # Only where it changes something: diffusers warns of every cast.
-    return model if model.dtype == source.dtype else cast(Any, model).to(source.dtype)
+def _like(source: ModelMixin, model: Model) -> Model:
+    """The model in the other's format, mode, and place."""
+    # The format only where that changes something: diffusers warns of every cast.
+    cast_model = model if model.dtype == source.dtype else cast(Any, model).to(source.dtype)
+    return cast(Any, cast_model).to(source.device).train(source.training)
 
 
 def _patch_grid(encoder_input_size: int, encoder_patch_size: int, patch_size: int, image_size: int | None) -> int:

@@ -28,6 +28,8 @@ __all__ = [
     "CondenserAttention",
     "CondenserAttnProcessor",
     "DetailCondensers",
+    "KeyProjection",
+    "ValueProjection",
 ]
 
 EPS = 1e-6
@@ -60,17 +62,54 @@ class CondenserAttnProcessor:
         return attn.to_out(attended.flatten(2))
 
 
+class KeyProjection(nn.Linear):
+    """Keys of tokens; or, for queries, what takes the place of scores with keys.
+
+    Both go through a call of the module, where offloading and casting prepare its weights, and nowhere else.
+    """
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, x: Float[Tensor, "batch rows ..."], absorb: bool = False
+    ) -> Float[Tensor, "batch rows width"] | tuple[Float[Tensor, "batch rows heads width"], Tensor]:
+        """Keys W x + b of tokens (batch, tokens, width).
+
+        With ``absorb``, of queries q_h (batch, rows, heads, head_dim): vectors v and numbers c, (batch, rows, heads),
+        with q_h . (W_h p + b_h) = v . p + c.
+        """
+        if not absorb:
+            return super().forward(x)
+        heads = x.shape[2]
+        vectors = torch.einsum("bqhe,hed->bqhd", x, self.weight.unflatten(0, (heads, -1)))
+        return vectors, torch.einsum("bqhe,he->bqh", x, self.bias.unflatten(0, (heads, -1)))
+
+
+class ValueProjection(nn.Linear):
+    """Values of tokens, or averages of values from averages of tokens."""
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, x: Float[Tensor, "batch rows ..."], absorb: bool = False
+    ) -> Float[Tensor, "batch rows ..."]:
+        """Values W x + b of tokens (batch, tokens, width).
+
+        With ``absorb``, W_h m_h + b_h of averages m_h (batch, rows, heads, width), (batch, rows, heads, head_dim).
+        """
+        if not absorb:
+            return super().forward(x)
+        heads = x.shape[2]
+        matrix, bias = self.weight.unflatten(0, (heads, -1)), self.bias.unflatten(0, (heads, -1))
+        return torch.einsum("bqhd,hed->bqhe", x, matrix) + bias
+
+
 class AbsorbedCondenserAttnProcessor:
     r"""The same function without a projection of the tokens.
 
-    Scores are q_h . (W_k,h p + b_k,h) = (W_k,h^T q_h) . p + const: the key matrix moves to the few queries, and its
-    bias, equal for all tokens, leaves the softmax as it is. Weights sum to one, so the value matrix moves behind the
-    average: sum_n a_n (W_v,h p_n + b_v,h) = W_v,h (sum_n a_n p_n) + b_v,h. All heads together are K H queries of one
-    head as wide as the tokens. Instead of 2 N d^2 multiplications that takes 2 K H N d + 2 K d^2: with K H < d, less.
-    """
+    Scores are q_h . (W_k,h p + b_k,h) = (W_k,h^T q_h) . p + q_h . b_k,h: the key matrix moves to the few queries.
+    Weights sum to one, so the value matrix moves behind the average: sum_n a_n (W_v,h p_n + b_v,h) =
+    W_v,h (sum_n a_n p_n) + b_v,h. All heads together are K H queries of one head as wide as the tokens. Instead of
+    2 N d^2 + 2 K N d multiplications that takes 2 K d^2 + 2 K H N d: less while K < N d / ((H - 1) N + d), about d / H.
 
-    _attention_backend = None
-    _parallel_config = None
+    Back ends are not asked: most of them refuse heads as wide as that, and K H x N scores are little.
+    """
 
     def __call__(
         self,
@@ -79,24 +118,13 @@ class AbsorbedCondenserAttnProcessor:
         tokens: Float[Tensor, "batch tokens width"],
     ) -> Float[Tensor, "batch queries width"]:
         """What the queries take from the tokens."""
-        heads, num_queries = attn.heads, queries.shape[1]
-        query = attn.to_q(queries).unflatten(-1, (heads, -1))
-        key_matrix = attn.to_k.weight.unflatten(0, (heads, -1)).to(query.dtype)
-        absorbed = torch.einsum("bqhe,hed->bqhd", query, key_matrix).flatten(1, 2)
-        # Tokens are one head that all of these queries share.
-        shared = tokens.unsqueeze(2)
-        means = dispatch_attention_fn(
-            absorbed.unsqueeze(2),
-            shared,
-            shared,
-            scale=query.shape[-1] ** -0.5,
-            backend=self._attention_backend,
-            parallel_config=self._parallel_config,
-        )
-        means = means.squeeze(2).unflatten(1, (num_queries, heads))
-        value_matrix = attn.to_v.weight.unflatten(0, (heads, -1)).to(means.dtype)
-        attended = torch.einsum("bqhd,hed->bqhe", means, value_matrix).flatten(2) + attn.to_v.bias
-        return attn.to_out(attended)
+        query = attn.to_q(queries).unflatten(-1, (attn.heads, -1))
+        vectors, constants = attn.to_k(query * query.shape[-1] ** -0.5, absorb=True)
+        # The constants leave the softmax as it is; without them the bias would be a parameter that no graph has, which
+        # data-parallel training and the resuming of an optimiser do not take.
+        scores = vectors.flatten(1, 2) @ tokens.mT + constants.flatten(1).unsqueeze(-1)
+        means = (torch.softmax(scores, dim=-1).to(tokens.dtype) @ tokens).unflatten(1, query.shape[1:3])
+        return attn.to_out(attn.to_v(means, absorb=True).flatten(2))
 
 
 class CondenserAttention(nn.Module, AttentionModuleMixin):
@@ -123,7 +151,8 @@ class CondenserAttention(nn.Module, AttentionModuleMixin):
                 "divisors, e.g. the encoder's own number of heads"
             )
         self.heads = heads
-        self.to_q, self.to_k, self.to_v, self.to_out = (nn.Linear(width, width) for _ in range(4))
+        self.to_q, self.to_out = nn.Linear(width, width), nn.Linear(width, width)
+        self.to_k, self.to_v = KeyProjection(width, width), ValueProjection(width, width)
         cheaper = num_queries * heads < width
         self.processor: Any = AbsorbedCondenserAttnProcessor() if cheaper else CondenserAttnProcessor()
 

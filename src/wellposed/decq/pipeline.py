@@ -1,6 +1,7 @@
 """Class-conditional images from a generator on the latents of a representation autoencoder."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import torch
@@ -14,7 +15,19 @@ from wellposed.decq.scheduler import ShiftedFlowScheduler
 from wellposed.decq.transformer import DecQTransformer2DModel
 from wellposed.saving import saved_class
 
-__all__ = ["DecQPipeline"]
+__all__ = ["DecQPipeline", "DecQPipelineOutput"]
+
+
+@dataclass
+class DecQPipelineOutput(ImagePipelineOutput):
+    """What was generated.
+
+    Attributes:
+        images: as ``output_type`` asks; patch latents with "latent".
+        query_latents: the queries that belong to them, with "latent" only, and where K > 0.
+    """
+
+    query_latents: Tensor | None = None
 
 
 @saved_class
@@ -26,7 +39,7 @@ class DecQPipeline(DiffusionPipeline):
     latents), or, without one, that of the generator without a class.
 
     Args:
-        vae: the autoencoder.
+        vae: the autoencoder; a plain RAE of diffusers is taken as one with K = 0.
         transformer: the generator.
         scheduler: the time grid and the solver.
         guide: the worse generator, or None.
@@ -34,7 +47,9 @@ class DecQPipeline(DiffusionPipeline):
         id2label: names of the classes, or None.
     """
 
-    model_cpu_offload_seq = "guide->transformer->vae->patch_decoder"
+    model_cpu_offload_seq = "transformer->vae->patch_decoder"
+    # Offloaded in turn, generator and guide would travel in every step; the guide is small.
+    _exclude_from_cpu_offload: ClassVar[list[str]] = ["guide"]
     _optional_components: ClassVar[list[str]] = ["guide", "patch_decoder"]
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents", "query_latents"]
     _interrupt = False
@@ -43,7 +58,7 @@ class DecQPipeline(DiffusionPipeline):
 
     def __init__(
         self,
-        vae: AutoencoderDecQ,
+        vae: AutoencoderDecQ | AutoencoderRAE,
         transformer: DecQTransformer2DModel,
         scheduler: ShiftedFlowScheduler,
         guide: DecQTransformer2DModel | None = None,
@@ -51,8 +66,9 @@ class DecQPipeline(DiffusionPipeline):
         id2label: dict[Any, str] | None = None,
     ) -> None:
         super().__init__()
+        vae = AutoencoderDecQ.from_rae(vae) if isinstance(vae, AutoencoderRAE) else vae
         if isinstance(patch_decoder, AutoencoderRAE):
-            patch_decoder = AutoencoderDecQ.from_rae(patch_decoder).eval()
+            patch_decoder = AutoencoderDecQ.from_rae(patch_decoder)
         self.register_modules(
             vae=vae, transformer=transformer, scheduler=scheduler, guide=guide, patch_decoder=patch_decoder
         )
@@ -60,6 +76,11 @@ class DecQPipeline(DiffusionPipeline):
         for name, network in (("transformer", transformer), ("guide", guide)):
             if network is not None and vae is not None:
                 _check_same_latents(name, network, vae)
+        if guide is not None and guide.config["num_classes"] != transformer.config["num_classes"]:
+            raise ValueError(
+                f"the guide knows {guide.config['num_classes']} classes, the transformer "
+                f"{transformer.config['num_classes']}; they must agree"
+            )
         if patch_decoder is not None and vae is not None:
             _check_patch_decoder(patch_decoder, vae)
         self.image_processor = VaeImageProcessor(vae_scale_factor=1, do_resize=False)
@@ -75,13 +96,13 @@ class DecQPipeline(DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
         query_latents: Tensor | None = None,
-        output_type: str | None = "pil",
+        output_type: str = "pil",
         return_dict: bool = True,
         *,
         discard_queries: bool = False,
         callback_on_step_end: Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any]] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-    ) -> ImagePipelineOutput | tuple[Any, ...]:
+    ) -> DecQPipelineOutput | tuple[Any, ...]:
         """Generates images.
 
         Args:
@@ -93,17 +114,19 @@ class DecQPipeline(DiffusionPipeline):
             generator: one, or one for each image, which is then the same in any batch.
             latents: noise of the patches, (batch, C, h, w), in place of a draw.
             query_latents: noise of the queries, (batch, K, C).
-            output_type: "pil", "np", "pt" (from [0, 1]), or "latent" for the patch latents.
+            output_type: "pil", "np", "pt" (from [0, 1]), or "latent" for patch and query latents.
             return_dict: False for a tuple; with output_type="latent" of (latents, query latents).
             discard_queries: denoise patches and queries, then decode the patches with ``patch_decoder``.
-            callback_on_step_end: called with (pipe, step, timestep, tensors) after every step of the solver; may
-                return new ones.
+            callback_on_step_end: called with (pipe, step, timestep, tensors) after every step of the solver; returns
+                a dictionary of those that it changed.
             callback_on_step_end_tensor_inputs: which of "latents" and "query_latents" it wants.
 
         Raises:
             ValueError: unknown classes, shapes that do not fit, a guidance interval that is none, ``discard_queries``
                 without a ``patch_decoder``.
         """
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f'output_type is {output_type!r}; write "pil", "np", "pt" or "latent"')
         unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
         if unknown:
             known = ", ".join(self._callback_tensor_inputs)
@@ -128,8 +151,9 @@ class DecQPipeline(DiffusionPipeline):
             guided = guidance_scale != 1 and low <= float(t) <= high
             velocity = self._velocity(x, t, labels, guidance_scale if guided else 1.0)
             x = self.scheduler.step(velocity, t, x, return_dict=False)[0]
-            if callback_on_step_end is not None and (index + 1) % self.scheduler.order == 0:
-                x = self._called_back(callback_on_step_end, index, t, x, callback_on_step_end_tensor_inputs)
+            step, evaluated_last = divmod(index, self.scheduler.order)
+            if callback_on_step_end is not None and evaluated_last == self.scheduler.order - 1:
+                x = self._called_back(callback_on_step_end, step, t, x, callback_on_step_end_tensor_inputs)
 
         latent, queries = self.vae.unpack(x)
         if output_type == "latent":
@@ -137,27 +161,29 @@ class DecQPipeline(DiffusionPipeline):
         else:
             images = self._decoded(latent, queries, discard_queries)
             images = self.image_processor.postprocess(
-                images.clamp(0, 1), output_type=cast(str, output_type), do_denormalize=[False] * len(images)
+                images.clamp(0, 1), output_type=output_type, do_denormalize=[False] * len(images)
             )
+            queries = None
         self.maybe_free_model_hooks()
         if return_dict:
-            return ImagePipelineOutput(images=images)
+            return DecQPipelineOutput(images=images, query_latents=queries)
         return (images, queries) if output_type == "latent" else (images,)
 
     def _velocity(self, x: Tensor, t: Tensor, labels: Tensor, scale: float | int) -> Tensor:
         if scale == 1:
-            return self._predicted(self.transformer, x, t, labels)
+            return self._predicted(self.transformer, x, t, labels, "alone")
         if self.guide is not None:
-            worse = self._predicted(self.guide, x, t, labels)
-            return worse + scale * (self._predicted(self.transformer, x, t, labels) - worse)
+            worse = self._predicted(self.guide, x, t, labels, "guide")
+            return worse + scale * (self._predicted(self.transformer, x, t, labels, "alone") - worse)
         null = torch.full_like(labels, self.transformer.null_class)
-        both = self._predicted(self.transformer, torch.cat([x, x]), t, torch.cat([labels, null]))
+        both = self._predicted(self.transformer, torch.cat([x, x]), t, torch.cat([labels, null]), "with_null_class")
         good, worse = both.chunk(2)
         return worse + scale * (good - worse)
 
-    def _predicted(self, network: DecQTransformer2DModel, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+    def _predicted(self, network: DecQTransformer2DModel, x: Tensor, t: Tensor, labels: Tensor, context: str) -> Tensor:
         latent, queries = self.vae.unpack(x.to(network.dtype))
-        with network.cache_context("guide" if network is self.guide else "generator"):
+        # Caches compare a step with the one before of the same name, which must have had as many images.
+        with network.cache_context(context):
             velocities = network(latent, t.expand(len(x)), labels, query_hidden_states=queries, return_dict=False)
         return self.vae.pack(*velocities).to(x.dtype)
 
@@ -197,7 +223,8 @@ class DecQPipeline(DiffusionPipeline):
         return self.vae.pack(*cast(Any, drawn))
 
     def _labels(self, class_labels: Any, num_images: int, device: torch.device) -> Tensor:
-        asked = [class_labels] if isinstance(class_labels, int | str) else list(class_labels)
+        several = isinstance(class_labels, Iterable) and not isinstance(class_labels, str)
+        asked: list[Any] = list(class_labels) if several else [class_labels]
         names = {name: int(number) for number, name in (self.config["id2label"] or {}).items()}
         known = self.transformer.config.num_classes
         numbers: list[int] = []
@@ -213,12 +240,12 @@ class DecQPipeline(DiffusionPipeline):
         return torch.tensor(numbers, device=device)
 
     def _called_back(
-        self, callback: Callable[..., dict[str, Any]], index: int, t: Tensor, x: Tensor, wanted: Sequence[str]
+        self, callback: Callable[..., dict[str, Any]], step: int, t: Tensor, x: Tensor, wanted: Sequence[str]
     ) -> Tensor:
         latent, queries = self.vae.unpack(x)
         tensors = {"latents": latent, "query_latents": queries}
-        returned = callback(self, index, t, {name: tensors[name] for name in wanted})
-        return self.vae.pack(returned.pop("latents", latent), returned.pop("query_latents", queries))
+        tensors |= callback(self, step, t, {name: tensors[name] for name in wanted}) or {}
+        return self.vae.pack(tensors["latents"], tensors["query_latents"])
 
     @property
     def guidance_scale(self) -> float | int:
@@ -248,11 +275,15 @@ def _check_same_latents(name: str, network: DecQTransformer2DModel, vae: Autoenc
 
 
 def _check_patch_decoder(decoder: AutoencoderDecQ, vae: AutoencoderDecQ) -> None:
-    fields = ("encoder_type", "encoder_hidden_size", "encoder_num_hidden_layers", "num_summed_layers", "reshape_to_2d")
-    different = [name for name in fields if decoder.config[name] != vae.config[name]]
-    if decoder.config["num_queries"] or decoder.grid != vae.grid or different:
+    fields = ("encoder_type", "encoder_hidden_size", "encoder_num_hidden_layers", "encoder_config")
+    fields += ("num_summed_layers", "reshape_to_2d")
+    reasons = [f"{name} {decoder.config[name]}, not {vae.config[name]}" for name in fields]
+    reasons = [reason for name, reason in zip(fields, reasons, strict=True) if decoder.config[name] != vae.config[name]]
+    if decoder.config["num_queries"]:
+        reasons.insert(0, f"{decoder.config['num_queries']} queries, not 0")
+    if decoder.grid != vae.grid:
+        reasons.insert(0, f"{decoder.grid} patches in a row, not {vae.grid}")
+    if reasons:
         raise ValueError(
-            "patch_decoder must be a plain RAE (num_queries=0) on the same patch latents; it has "
-            f"{decoder.config['num_queries']} queries, {decoder.grid} patches in a row (the autoencoder {vae.grid}) "
-            f"and another {', '.join(different) or 'nothing'}"
+            f"patch_decoder must be a plain RAE on the patch latents of the autoencoder; it has {'; '.join(reasons)}"
         )

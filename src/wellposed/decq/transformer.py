@@ -177,7 +177,7 @@ class DecQTransformerBlock(nn.Module):
         self.norm1 = nn.RMSNorm(width, eps=1e-6)
         self.attn = DecQAttention(width, heads)
         self.norm2 = nn.RMSNorm(width, eps=1e-6)
-        self.mlp = SwiGLU(width, int(2 / 3 * mlp_ratio * width))
+        self.mlp = SwiGLU(width, int(2 / 3 * int(width * mlp_ratio)))
         self.modulation = nn.Linear(width, 6 * width)
 
     def forward(
@@ -212,7 +212,8 @@ class FourierTimeEmbedding(nn.Module):
     def forward(self, t: Float[Tensor, " batch"]) -> Float[Tensor, "batch width"]:
         """Embeddings of times in [0, 1]."""
         frequencies = cast(Tensor, self.frequencies)
-        angles = 2 * torch.pi * t.to(frequencies.dtype)[:, None] * frequencies
+        # In float32 whatever the weights are in: bfloat16 keeps two digits of an angle.
+        angles = 2 * torch.pi * t[:, None].to(torch.promote_types(frequencies.dtype, torch.float32)) * frequencies
         features = torch.cat([angles.sin(), angles.cos()], dim=-1)
         return self.mlp(features.to(cast(nn.Linear, self.mlp[0]).weight.dtype))
 
@@ -302,7 +303,8 @@ class DecQTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin
         self.class_embedding = nn.Embedding(num_classes + 1, hidden_size)
         self.trunk_projection = TokenProjection(in_channels, hidden_size, num_queries)
         self.head_projection = TokenProjection(in_channels, head_hidden_size, num_queries)
-        positions = get_2d_sincos_pos_embed(hidden_size, sample_size, output_type="pt")
+        # Patches are counted; left alone, diffusers would space those of every grid as if there were 16 in a row.
+        positions = get_2d_sincos_pos_embed(hidden_size, sample_size, base_size=sample_size, output_type="pt")
         self.register_buffer("positions", positions.float(), persistent=False)
         self.query_positions = nn.Parameter(torch.zeros(num_queries, hidden_size)) if num_queries else None
         self.transformer_blocks = nn.ModuleList(
@@ -391,7 +393,8 @@ class DecQTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin
         self._check_inputs(hidden_states, query_hidden_states)
         patches = hidden_states.flatten(2).transpose(1, 2)
         condition = self._trunk(patches, query_hidden_states, timestep, class_labels)
-        hidden = self._blocks(self.head_blocks, self.head_projection(patches, query_hidden_states), condition, "head_")
+        stream = self.head_projection(patches, query_hidden_states).to(patches.dtype)
+        hidden = self._blocks(self.head_blocks, stream, condition, "head_")
         shift, scale = self.modulation_out(nn.functional.silu(condition)).chunk(2, dim=-1)
         velocity = self.proj_out(modulate(self.norm_out(hidden), shift, scale))
         sample, queries = velocity.split([patches.shape[1], velocity.shape[1] - patches.shape[1]], dim=1)
@@ -406,8 +409,9 @@ class DecQTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin
         positions = cast(Tensor, self.positions)
         if self.query_positions is not None:
             positions = torch.cat([positions, self.query_positions.to(positions.dtype)])
-        stream = self.trunk_projection(patches, queries)
-        stream = stream + positions.to(stream.dtype)
+        # In the format of the inputs: under autocast the projections are in half precision, and the stream that all
+        # blocks add to must not be.
+        stream = self.trunk_projection(patches, queries).to(patches.dtype) + positions.to(patches.dtype)
         time = self.time_embedding(timestep)
         image = nn.functional.silu(time + self.class_embedding(class_labels))
         stream = self._blocks(self.transformer_blocks, stream, image[:, None], "")
