@@ -31,6 +31,7 @@ TINY = DemoSettings(
     reduction_cache_thresholds=(0.1,),
     reduction_extrapolated=(2,),
     reduction_penalties=(0.0, 0.3),
+    penalised_ratios=(0.25, 0.5),
 )
 
 
@@ -44,7 +45,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_page_has_every_section_and_the_measured_numbers(folder: Path) -> None:
     page = (folder / "index.html").read_text(encoding="utf-8")
     lgs = ("rates", "samples", "cost", "depth", "guidance", "published")
-    for section in (*lgs, "tokens", "gap", "frontier", "texts", "skipping", "place", "persistence", "penalty"):
+    udm, dito = ("tokens", "gap", "frontier", "texts"), ("skipping", "place", "persistence", "penalty")
+    for section in (*lgs, *udm, *dito, "detail", "taps", "generating"):
         assert f'id="{section}"' in page
     outcomes = json.loads((folder / "covariances" / "record.json").read_text())["metrics"]["outcomes"]
     assert {row["steps"] for row in outcomes} == {2, 3, 4}
@@ -104,8 +106,11 @@ def test_both_scopes_are_watched_and_a_penalty_spreads_drops(folder: Path) -> No
     assert all(watched["num_steps"] == 8 and len(watched["sites"]) == 5 for watched in outputs.values())
     penalty = json.loads((folder / "penalty" / "record.json").read_text())["metrics"]
     for rows in penalty.values():
-        assert [row["penalty"] for row in rows] == [0.0, 0.3]
-        assert rows[1]["gini"] < rows[0]["gini"]
+        assert [(row["ratio"], row["penalty"]) for row in rows] == [(0.25, 0.0), (0.25, 0.3), (0.5, 0.0), (0.5, 0.3)]
+        assert rows[1]["gini"] < rows[0]["gini"] and rows[3]["gini"] < rows[2]["gini"]
+    page = (folder / "index.html").read_text(encoding="utf-8")
+    section = page.split('<section id="penalty">')[1].split("</section>")[0]
+    assert section.count("data:image/png") == 1 + 2 * len(rows), "crops: the dense ones, and those of every setting"
 
 
 def test_running_again_computes_nothing_and_writes_the_same_page(folder: Path) -> None:

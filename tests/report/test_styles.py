@@ -5,6 +5,7 @@ import pytest
 from matplotlib.lines import Line2D
 
 from wellposed.report.styles import (
+    AUTOENCODER_STYLES,
     COVARIANCE_STYLES,
     METHOD_STYLES,
     TOKEN_REDUCTION_STYLES,
@@ -12,7 +13,7 @@ from wellposed.report.styles import (
     method_style,
 )
 
-TABLES = [COVARIANCE_STYLES, TOKEN_STYLES, TOKEN_REDUCTION_STYLES]
+TABLES = [COVARIANCE_STYLES, TOKEN_STYLES, TOKEN_REDUCTION_STYLES, AUTOENCODER_STYLES]
 NAMES = ["covariances", "tokens", "token reduction"]
 
 # Linear RGB as it looks without one kind of cone, at full severity: Machado, Oliveira and Fernandes 2009.

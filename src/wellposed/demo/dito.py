@@ -148,7 +148,6 @@ def output_study(stages: Stages, settings: DemoSettings, subject: Subject) -> di
 
 def penalty_study(stages: Stages, settings: DemoSettings, subject: Subject) -> dict[str, Any]:
     """Blocking, and how evenly tokens are dropped, for several frequency penalties."""
-    ratio = max(settings.reduction_ratios)
     configs = {
         "default": TokenReductionConfig(round_to=1),
         "paper": TokenReductionConfig.paper(scope="block", round_to=1),
@@ -156,7 +155,7 @@ def penalty_study(stages: Stages, settings: DemoSettings, subject: Subject) -> d
 
     def compute(folder: Path) -> dict[str, Any]:
         def keep(name: str, outcome: LoadOutcome, images: Tensor) -> None:
-            _save(images[:CROPS, :, CROP, CROP], folder / picture_file(name, outcome.penalty))
+            _save(images[:CROPS, :, CROP, CROP], folder / picture_file(name, outcome.ratio, outcome.penalty))
 
         dense = subject.draw(stages.seed, settings.reduction_steps, settings.reduction_images)
         _save(dense[:CROPS, :, CROP, CROP], folder / picture_file("dense"))
@@ -166,7 +165,7 @@ def penalty_study(stages: Stages, settings: DemoSettings, subject: Subject) -> d
                 for outcome in compare_penalties(
                     subject,
                     config,
-                    ratios=(ratio,),
+                    ratios=settings.penalised_ratios,
                     penalties=settings.reduction_penalties,
                     seeds=(stages.seed,),
                     num_images=settings.reduction_images,
@@ -176,13 +175,17 @@ def penalty_study(stages: Stages, settings: DemoSettings, subject: Subject) -> d
             for name, config in configs.items()
         }
 
-    chosen = {**_common(settings), "ratio": ratio, "penalties": settings.reduction_penalties}
+    chosen = {
+        **_common(settings),
+        "ratios": settings.penalised_ratios,
+        "penalties": settings.reduction_penalties,
+    }
     return dict(stages.run("penalty", "Spreading what is skipped", chosen, compute).metrics)
 
 
-def picture_file(name: str, penalty: float | None = None) -> str:
-    """Where the images of a contender lie in the folder of their stage."""
-    return STYLES.get(name, name) + ("" if penalty is None else f"-{penalty:g}") + ".png"
+def picture_file(name: str, *setting: float) -> str:
+    """Where the images of a contender, at a ratio and a penalty if there are several, lie in the folder of a stage."""
+    return "-".join([STYLES.get(name, name), *(f"{value:g}" for value in setting)]) + ".png"
 
 
 def _save(images: Tensor, path: Path) -> None:

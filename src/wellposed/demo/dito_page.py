@@ -204,6 +204,7 @@ def _blocking(penalty: Mapping[str, Any], folder: Path, settings: DemoSettings) 
     table = Table(
         columns=(
             "settings",
+            "ratio",
             "penalty",
             Column(title="PSNR, dB", best=None),
             Column(title="energy at window borders, dense = 1"),
@@ -211,7 +212,10 @@ def _blocking(penalty: Mapping[str, Any], folder: Path, settings: DemoSettings) 
             Column(title="most dropped token, share of steps"),
         ),
         rows=tuple(
-            (names[name], f"{row['penalty']:g}", _psnr(row), row["blocking"][0], row["gini"], row["most"])
+            (
+                *(names[name], f"{row['ratio']:g}", f"{row['penalty']:g}"),
+                *(_psnr(row), row["blocking"][0], row["gini"], row["most"]),
+            )
             for name, rows in penalty.items()
             for row in rows
         ),
@@ -220,15 +224,19 @@ def _blocking(penalty: Mapping[str, Any], folder: Path, settings: DemoSettings) 
             "those within, relative to the dense images. Gini: 0 if all tokens are dropped equally often."
         ),
     )
-    counts = [row["penalty"] for row in penalty["default"]]
+    values = settings.reduction_penalties
+    shown = [(name, ratio) for name in penalty for ratio in settings.penalised_ratios]
     grid = Grid(
         cells=(
-            (read_png(folder / "penalty" / picture_file("dense")), *(None for _ in counts[1:])),
-            *(tuple(read_png(folder / "penalty" / picture_file(name, value)) for value in counts) for name in penalty),
+            (read_png(folder / "penalty" / picture_file("dense")), *(None for _ in values[1:])),
+            *(
+                tuple(read_png(folder / "penalty" / picture_file(name, ratio, value)) for value in values)
+                for name, ratio in shown
+            ),
         ),
-        row_labels=("dense", *(names[name] for name in penalty)),
-        column_labels=tuple(f"penalty {value:g}" for value in counts),
-        caption=f"The middle of the first images, {max(settings.reduction_ratios):.0%} of the tokens dropped.",
+        row_labels=("dense", *(f"{names[name]}, {ratio:.0%} dropped" for name, ratio in shown)),
+        column_labels=tuple(f"penalty {value:g}" for value in values),
+        caption="The middle of the first images. At 75% every token is dropped that may be, whatever the penalty.",
     )
     return Section(
         id="penalty",
@@ -239,19 +247,20 @@ def _blocking(penalty: Mapping[str, Any], folder: Path, settings: DemoSettings) 
             "spreads that; its form is ours, the paper's is not known to us.",
             table,
             grid,
-            _penalty_words(penalty, names),
+            _penalty_words(penalty, names, sorted(settings.penalised_ratios)[len(settings.penalised_ratios) // 2]),
         ),
     )
 
 
-def _penalty_words(penalty: Mapping[str, Any], names: Mapping[str, str]) -> str:
+def _penalty_words(penalty: Mapping[str, Any], names: Mapping[str, str], ratio: float) -> str:
     sentences: list[str] = []
-    for name, rows in penalty.items():
+    for name, found in penalty.items():
+        rows = [row for row in found if row["ratio"] == ratio]
         none, most = rows[0], rows[-1]
         best = max(rows, key=_psnr)
         sentences.append(
-            f"For {names[name]}, a penalty of {most['penalty']:g} takes the Gini coefficient from {none['gini']:.2f} "
-            f"to {most['gini']:.2f}, the energy at borders from {none['blocking'][0]:.2f} to "
+            f"For {names[name]} at ratio {ratio:g}, a penalty of {most['penalty']:g} takes the Gini coefficient from "
+            f"{none['gini']:.2f} to {most['gini']:.2f}, the energy at borders from {none['blocking'][0]:.2f} to "
             f"{most['blocking'][0]:.2f} and the PSNR from {_psnr(none):.1f} to {_psnr(most):.1f} dB; the best PSNR is "
             f"at {best['penalty']:g}."
         )

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from wellposed.demo.decq import detail_generation_study, detail_study, frozen_encoder
+from wellposed.demo.decq_page import decq_numbers, decq_sections
 from wellposed.demo.dito import output_study, penalty_study, reducible_transformer, reduction_study
 from wellposed.demo.dito_page import dito_numbers, dito_sections
 from wellposed.demo.lgs import guidance_study, lanczos_study, network_study, path_kl_study
@@ -52,7 +54,15 @@ def run_demo(
         raise ValueError(f"{out} holds a demo; go on with it by --resume, or choose another folder with --out")
     settings = settings or DemoSettings()
     if steps is not None:
-        settings = replace(settings, training_steps=steps, text_training_steps=steps, reduction_training_steps=steps)
+        settings = replace(
+            settings,
+            training_steps=steps,
+            text_training_steps=steps,
+            reduction_training_steps=steps,
+            detail_encoder_steps=steps,
+            detail_steps=steps,
+            detail_generation_steps=steps,
+        )
     console = Console()
     stages = Stages(out, seed=seed, announce=console.print)
     theory = path_kl_study(stages, settings)
@@ -65,15 +75,19 @@ def run_demo(
     reduction = reduction_study(stages, settings, subject)
     outputs = output_study(stages, settings, subject)
     penalty = penalty_study(stages, settings, subject)
+    encoder = frozen_encoder(stages, settings, device=device)
+    detail = detail_study(stages, settings, encoder, device=device)
+    generation = detail_generation_study(stages, settings, encoder, device=device)
     page = Page(
         title="wellposed, measured on this machine",
         lead=(
-            "Diffusion toolkits are full of underspecified defaults. This page takes three and measures them against "
+            "Diffusion toolkits are full of underspecified defaults. This page takes four and measures them against "
             "their exact counterparts. The covariance of a reverse step: the Lanczos Gaussian sampler of "
             "[arXiv 2605.22723](https://arxiv.org/abs/2605.22723), which needs no training. What a model of noisy "
             "tokens predicts: the leave-one-out posterior of [arXiv 2605.22765](https://arxiv.org/abs/2605.22765). "
             "Which tokens of an image a transformer may skip: those whose outputs are alike "
-            "([arXiv 2605.22011](https://arxiv.org/abs/2605.22011)). "
+            "([arXiv 2605.22011](https://arxiv.org/abs/2605.22011)). What a frozen encoder's latent keeps of an image, "
+            "and what queries give back ([arXiv 2605.22777](https://arxiv.org/abs/2605.22777)). "
             "Everything below was computed by `wellposed demo` just now."
         ),
         opening=(
@@ -82,6 +96,7 @@ def run_demo(
                     *lgs_numbers(theory, network, settings),
                     *udm_numbers(tokens),
                     *dito_numbers(reduction, outputs),
+                    *decq_numbers(detail),
                 )
             ),
         ),
@@ -89,6 +104,7 @@ def run_demo(
             *lgs_sections(theory, lanczos, network, guidance, out, settings),
             *udm_sections(tokens, text, settings),
             *dito_sections(reduction, outputs, penalty, out, settings),
+            *decq_sections(detail, generation, out, settings),
         ),
         footer=provenance(stages.records),
     )

@@ -7,7 +7,7 @@ __all__ = ["DemoSettings"]
 
 @dataclass(frozen=True, kw_only=True)
 class DemoSettings:
-    """Sizes of the demo's experiments; the defaults take about fifteen minutes on two cores.
+    """Sizes of the demo's experiments; the defaults take about a quarter of an hour on two cores.
 
     Attributes:
         training_steps: of the digits' U-Net.
@@ -35,6 +35,13 @@ class DemoSettings:
         reduction_cache_thresholds: of FirstBlockCache.
         reduction_extrapolated: TaylorSeer computes one step in so many.
         reduction_penalties: coefficients of the frequency penalty.
+        detail_encoder_steps: training steps of the small frozen encoder.
+        detail_steps: of each autoencoder over it.
+        detail_generation_steps: of each generator on its latents.
+        detail_measurements: how often a generator is measured along the way.
+        detail_samples: images of each measurement.
+        detail_sampling_steps: points of the sampler's grid.
+        penalised_ratios: shares of the tokens that they are tried at.
     """
 
     training_steps: int = 1000
@@ -61,4 +68,11 @@ class DemoSettings:
     reduction_shorter: tuple[int, ...] = (16, 13, 10)
     reduction_cache_thresholds: tuple[float, ...] = (0.1, 0.2)
     reduction_extrapolated: tuple[int, ...] = (2, 3)
-    reduction_penalties: tuple[float, ...] = (0.0, 0.05, 0.3)
+    reduction_penalties: tuple[float, ...] = (0.0, 0.02, 0.05, 0.1, 0.3)
+    penalised_ratios: tuple[float, ...] = (0.25, 0.5, 0.75)
+    detail_encoder_steps: int = 200
+    detail_steps: int = 200
+    detail_generation_steps: int = 240
+    detail_measurements: int = 4
+    detail_samples: int = 150
+    detail_sampling_steps: int = 12

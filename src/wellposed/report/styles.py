@@ -14,6 +14,8 @@ absorbing reformulation, black and grey masked diffusion, purple what tempers or
 For token reduction: blue chooses pairs by output, orange and purple by input, grey at random; green skips steps or
 blocks instead of tokens, or as well.
 
+For autoencoders: black is the plain latent, blue one with queries, orange the sum of the last layers, green both.
+
 The hues of Okabe and Ito's palette, told apart by readers with any of the common colour vision deficiencies; within a
 family lightness, marker and dash differ, so that figures survive a grey printer.
 """
@@ -24,6 +26,7 @@ from types import MappingProxyType
 from typing import Literal
 
 __all__ = [
+    "AUTOENCODER_STYLES",
     "COVARIANCE_STYLES",
     "METHOD_STYLES",
     "TOKEN_REDUCTION_STYLES",
@@ -124,8 +127,20 @@ TOKEN_REDUCTION_STYLES: Mapping[str, MethodStyle] = MappingProxyType(
     }
 )
 
+AUTOENCODER_STYLES: Mapping[str, MethodStyle] = MappingProxyType(
+    {
+        "rae": MethodStyle(label="patches alone (RAE)", color="#353535", marker="s", dash="dashed"),
+        "decq": MethodStyle(label="with 8 queries", color="#0072b2", marker="o", width=2.2),
+        "decq_shallow": MethodStyle(label="8 queries, shallow taps", color="#5a9cf0", marker="^"),
+        "decq_deep": MethodStyle(label="8 queries, deep taps", color="#132d7d", marker="v", dash="dashdot"),
+        "decq_all": MethodStyle(label="8 queries, all taps", color="#9cc4f8", marker="D", hollow=True),
+        "rae_sum": MethodStyle(label="sum of the last layers", color="#d55e00", marker="X", dash="dotted"),
+        "decq_sum": MethodStyle(label="sum of the last layers, 8 queries", color="#009e73", marker="h"),
+    }
+)
+
 METHOD_STYLES: Mapping[str, MethodStyle] = MappingProxyType(
-    {**COVARIANCE_STYLES, **TOKEN_STYLES, **TOKEN_REDUCTION_STYLES}
+    {**COVARIANCE_STYLES, **TOKEN_STYLES, **TOKEN_REDUCTION_STYLES, **AUTOENCODER_STYLES}
 )
 """All of them. A figure shows methods of one table; within it they can be told apart."""
 
