@@ -608,7 +608,8 @@ def test_the_token_layout_says_what_is_so(build_lens: Build, lens_inputs: Inputs
     assert given[layout["text_mask"]].shape == (2, 6)
     metadata = TransformerBlockRegistry.get(type(block))
     image = given[metadata.hidden_states_argument_name]
-    assert torch.equal(getattr(block, layout["attention_input"])(image, given["temb"]), given["attention"])
+    attention_input = getattr(block, layout["attention_input"])(image, given[layout["condition"]])
+    assert torch.equal(attention_input, given["attention"])
     assert getattr(attn, layout["image_qkv"])(given["attention"]).shape == (2, 15, 3 * attn.inner_dim)
     assert isinstance(getattr(attn, layout["text_qkv"]), torch.nn.Linear)
     outputs = block(**{name: value for name, value in given.items() if name != "attention"})

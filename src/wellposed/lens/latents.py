@@ -99,7 +99,7 @@ def encode_images(
     encoded: Any = vae.encode(images.to(vae.dtype))
     posterior = encoded.latent_dist
     tokens = pack_latents(posterior.sample(generator=generator) if sample else posterior.mode())
-    mean, std = latent_statistics(vae)
+    mean, std = (part.to(tokens.device) for part in latent_statistics(vae))
     return (tokens.float() - mean) / std
 
 
@@ -117,7 +117,7 @@ def decode_tokens(
     Raises:
         ValueError: another number of tokens.
     """
-    mean, std = latent_statistics(vae)
+    mean, std = (part.to(tokens.device) for part in latent_statistics(vae))
     latents = unpack_latents(tokens.float() * std + mean, rows, columns)
     decoded: Any = vae.decode(cast(Any, latents.to(vae.dtype)))
     return decoded.sample

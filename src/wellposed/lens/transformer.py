@@ -218,7 +218,14 @@ class LensAttention(nn.Module, AttentionModuleMixin):
         encoder_hidden_states_mask: Bool[Tensor, "batch text"] | None = None,
     ) -> tuple[Float[Tensor, "batch image width"], Float[Tensor, "batch text width"]]:
         """See the processor."""
-        return self.processor(self, hidden_states, encoder_hidden_states, image_rotary_emb, encoder_hidden_states_mask)
+        # By name: whoever puts another processor in its place may order them otherwise.
+        return self.processor(
+            self,
+            hidden_states,
+            encoder_hidden_states=encoder_hidden_states,
+            image_rotary_emb=image_rotary_emb,
+            encoder_hidden_states_mask=encoder_hidden_states_mask,
+        )
 
 
 class SwiGLU(nn.Module):
@@ -245,10 +252,11 @@ class LensTransformerBlock(nn.Module):
 
     Attributes:
         token_layout: for who works on the tokens of a block from outside and does not know its class. ``order`` of the
-            joint sequence; names of the ``attention`` module and of the block's arguments with the joint sequence's
-            (cos, sin), ``rotation``, and with the text's padding, ``text_mask``; of the attention's fused query, key,
-            value projections, ``image_qkv`` and ``text_qkv``; and of the block's method that says what attention reads
-            of image states and conditioning, ``attention_input``.
+            joint sequence; names of the block's ``attention`` module, of its arguments with the ``condition``, with the
+            joint sequence's (cos, sin), ``rotation``, and with the text's padding, ``text_mask`` (the latter two are
+            the attention's too); of the attention's projections to query, key and value in one, ``image_qkv`` and
+            ``text_qkv``; and of the block's method that says what attention is given for image states and condition,
+            ``attention_input``.
 
     Args:
         width: of both streams and of the condition.
@@ -261,6 +269,7 @@ class LensTransformerBlock(nn.Module):
     token_layout: ClassVar[Mapping[str, str]] = {
         "order": "image, text",
         "attention": "attn",
+        "condition": "temb",
         "rotation": "image_rotary_emb",
         "text_mask": "encoder_hidden_states_mask",
         "image_qkv": "img_qkv",
@@ -336,7 +345,7 @@ class LensTransformerBlock(nn.Module):
 class LensTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixin):
     r"""Velocity of packed latents by text. The fields are the published ones.
 
-    Bfloat16 or float32; float16 is refused, because the MLPs of the released weights leave its range.
+    Bfloat16 or float32; float16 is refused, because activations of the released weights leave its range.
 
     Args:
         patch_size: latent positions to a side of a token. Only the width of the output depends on it.
@@ -464,8 +473,9 @@ class LensTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin
         wants_info = kwargs.pop("output_loading_info", False)
         loaded: Any = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
         model, info = loaded
-        missing, unknown = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
-        check_names(missing, unknown, str(pretrained_model_name_or_path))
+        # What a quantised folder keeps beside its weights is its quantiser's business.
+        unknown = [] if getattr(model, "is_quantized", False) else sorted(info["unexpected_keys"])
+        check_names(sorted(info["missing_keys"]), unknown, str(pretrained_model_name_or_path))
         return (model, info) if wants_info else model
 
     @classmethod
@@ -510,8 +520,8 @@ class LensTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin
         encoder_hidden_states_mask: Tensor | None = None,
         timestep: Tensor | None = None,
         img_shapes: Sequence[Any] | None = None,
-        attention_kwargs: dict[str, Any] | None = None,
         *,
+        attention_kwargs: dict[str, Any] | None = None,
         round_timestep: bool = False,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
@@ -604,7 +614,7 @@ class LensTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin
                 raise ValueError(
                     f"timestep spans [{low:g}, {high:g}]; give t in [0, 1], a scheduler's timesteps divided by 1000"
                 )
-        # A bfloat16 t is as good as it was given; here nothing is lost any more.
+        timestep = timestep.to(hidden_states.device)
         return rounded_timestep(timestep, hidden_states.dtype) if round_it else timestep.float()
 
 
@@ -626,8 +636,8 @@ def _padding(mask: Tensor | None, text: Tensor) -> Tensor | None:
 def _refuse_half(dtype: torch.dtype | None) -> None:
     if dtype == torch.float16:
         raise ValueError(
-            "float16 holds numbers up to 65504, which the MLPs of Lens exceed: images turn black or grey. Use "
-            "torch.bfloat16, or torch.float32 where the hardware has no bfloat16"
+            "float16 ends at 65504, which activations in the MLPs of the released weights exceed. Use torch.bfloat16, "
+            "or torch.float32 where the hardware has no bfloat16"
         )
 
 
