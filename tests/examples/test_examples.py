@@ -57,3 +57,14 @@ def test_udm_text_trains_samples_and_fills_a_hole(tmp_path: Path) -> None:
     text = pipe("def area(r):\n    return ____ * r ** 2", num_inference_steps=4, corrector_steps=2).texts[0]
     assert text.startswith("def area(r):\n    return ") and text.endswith(" * r ** 2")
     assert len(pipe(length=32, num_inference_steps=4).ids[0]) == 32
+
+
+def test_decq_reconstruct_trains_and_tells_the_queries_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = example("decq_reconstruct")
+    autoencoder = script.small_autoencoder(tmp_path, steps=2)
+    found = script.reconstruct(autoencoder, script.pictures(None, 32), tmp_path / "reconstructions.png")
+    assert found.swapped is not None and found.swapped != found.own
+    assert (tmp_path / "reconstructions.png").is_file()
+    assert "query latent (8, 8, 64)" in capsys.readouterr().out

@@ -14,7 +14,7 @@ import pytest
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
 
 from wellposed.data.tokenizers import byte_tokenizer
-from wellposed.models import UniformDiffusionTransformerModel
+from wellposed.models import AutoencoderDecQ, UniformDiffusionTransformerModel
 from wellposed.pipelines import UniformDiffusionPipeline
 from wellposed.schedulers import UniformDiffusionScheduler
 
@@ -60,26 +60,39 @@ def flux() -> DiffusionPipeline:
     return pipe
 
 
-STAND_INS: dict[str, Callable[[], DiffusionPipeline]] = {
+def decq_tiny() -> AutoencoderDecQ:
+    from wellposed.recipes.decq import decq_tiny as recipe
+    from wellposed.recipes.small_encoder import EncoderShape
+
+    shape = EncoderShape(image_size=32, patch_size=4, hidden_size=64, num_hidden_layers=8, num_attention_heads=4)
+    return recipe().autoencoder(shape.build(), **recipe().autoencoder_fields).eval()
+
+
+STAND_INS: dict[str, Callable[[], Any]] = {
     "google/ddpm-cifar10-32": ddpm_cifar10,
     "runs/udm_tiny/pipeline": udm_tiny,
+    "runs/decq_tiny/pipeline": decq_tiny,
     "black-forest-labs/FLUX.1-dev": flux,
 }
 
 
 @pytest.fixture
 def tiny_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    from_disk = DiffusionPipeline.from_pretrained.__func__
+    def stand_in_for(loaded: Any) -> Any:
+        from_disk = loaded.from_pretrained.__func__
 
-    def from_pretrained(cls: type[DiffusionPipeline], name: str, **kwargs: Any) -> DiffusionPipeline:
-        if Path(name).exists():
-            return from_disk(cls, name, **kwargs)
-        assert name in STAND_INS, f"the README loads {name!r}, for which STAND_INS in {__file__} has no stand-in"
-        pipeline = STAND_INS[name]()
-        assert isinstance(pipeline, cls)
-        return pipeline
+        def from_pretrained(cls: type[Any], name: str, **kwargs: Any) -> Any:
+            if Path(name).exists():
+                return from_disk(cls, name, **kwargs)
+            assert name in STAND_INS, f"the README loads {name!r}, for which STAND_INS in {__file__} has no stand-in"
+            model = STAND_INS[name]()
+            assert isinstance(model, cls)
+            return model
 
-    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", classmethod(from_pretrained))
+        return classmethod(from_pretrained)
+
+    for loaded in (DiffusionPipeline, AutoencoderDecQ):
+        monkeypatch.setattr(loaded, "from_pretrained", stand_in_for(loaded))
     monkeypatch.setattr(DiffusionPipeline, "to", lambda self, *_, **__: self)  # there may be no GPU
 
 
