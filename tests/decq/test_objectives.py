@@ -14,7 +14,6 @@ from transformers import ViTConfig, ViTModel
 from wellposed.batches import ImageBatch, LatentBatch
 from wellposed.decq.augmentation import augmented
 from wellposed.decq.autoencoder import AutoencoderDecQ
-from wellposed.decq.condenser import CondenserAttnProcessor
 from wellposed.decq.discriminator import FrozenFeatureDiscriminator
 from wellposed.decq.objectives import (
     discriminator_objective,
@@ -112,7 +111,6 @@ def test_the_gradient_is_that_of_the_plain_loss(build: Build, batch: ImageBatch,
         expected = expected + 0.3 * weight.detach() * judged
     torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
     plain = torch.autograd.grad(expected, trained, allow_unused=True)
-    assert sum(gradient is not None for gradient in plain) > len(plain) - 3  # key biases change no softmax
     for ours, theirs in zip(gradients, plain, strict=True):
         assert (ours is None) == (theirs is None)
         if ours is not None and theirs is not None:
@@ -239,14 +237,10 @@ class Pictures:
 
 def two_players(build: Build) -> list[Player]:
     """The discriminator begins in step 2, what it says counts from step 3."""
-    autoencoder = build(**AUTOENCODER)
-    for condenser in autoencoder.condensers.condensers:
-        # The default leaves key biases without any gradient, and torch resumes no optimizer that lacks a state.
-        condenser.attn.set_processor(CondenserAttnProcessor())
     adam = partial(torch.optim.AdamW, lr=2e-3, betas=(0.9, 0.95), weight_decay=0)
     objective = reconstruction_objective(perceptual=distance(), discriminator="discriminator", adversarial_start=3)
     return [
-        Player(name="autoencoder", model=autoencoder, objective=objective, optimizer=adam, ema_decay=0.9978),
+        Player(name="autoencoder", model=build(**AUTOENCODER), objective=objective, optimizer=adam, ema_decay=0.9978),
         Player(name="discriminator", model=judge(), objective=discriminator_objective(), optimizer=adam, start=2),
     ]
 

@@ -16,7 +16,7 @@ Stage two, over the generator: flow matching on patches and queries at one share
 
 import math
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, cast
 
 import torch
@@ -63,7 +63,7 @@ def reconstruction_objective(
 
     Args:
         perceptual: (reconstructions, images), both in [0, 1] -> one distance for each, e.g. ``LPIPS``; None for none. A
-            module is moved to the run's device.
+            module is moved to the run's device; no weights of it are trained.
         perceptual_weight: w_p.
         perceptual_start: first step with the perceptual term.
         discriminator: name of the player that judges, in evaluation mode; None for no adversarial term.
@@ -87,7 +87,8 @@ def reconstruction_objective(
     ) -> tuple[Tensor, dict[str, Tensor]]:
         autoencoder = models[context.player]
         images = _unit(batch.images)
-        with _recorded(cast(Any, autoencoder).decoder.decoder_pred) as last:
+        judged = discriminator is not None and context.step >= adversarial_start
+        with _recorded(cast(Any, autoencoder).decoder.decoder_pred) if judged else nullcontext([]) as last:
             reconstructions = _precise(autoencoder(images, generator=context.generators).sample)
         l1 = functional.l1_loss(reconstructions, images)
         metrics = {"l1": l1, "psnr": -10 * functional.mse_loss(reconstructions, images).log10()}
@@ -97,7 +98,7 @@ def reconstruction_objective(
                 perceptual.to(context.device)
             metrics["perceptual"] = perceptual(reconstructions, images).mean()
             faithful = faithful + perceptual_weight * metrics["perceptual"]
-        if discriminator is None or context.step < adversarial_start:
+        if discriminator is None or not judged:
             return faithful, metrics
         # Before the discriminator runs: this frees what the perceptual network kept.
         of_faithful = torch.autograd.grad(faithful, reconstructions)[0]
