@@ -113,7 +113,8 @@ def test_operations_that_are_saved(model, tokens):
     features = operations(lambda: read_taps(model, tokens.ids, tokens.mask, TAPS))
     half = operations(lambda: read_taps(model, tokens.ids, tokens.mask, (0, 1)))
     assert whole - features == 2 * tokens.ids.numel() * model.config.hidden_size * model.config.vocab_size
-    assert 2 * half == features
+    # Early releases of transformers 5 find the angles of the rotation, once for all layers, by a product.
+    assert 0 <= 2 * half - features < 1e-4 * features
 
 
 def test_the_model_is_left_as_it_was(model, tokens):

@@ -350,7 +350,9 @@ def load_text_model(
         if experts == "bf16" or obstacle:
             more["quantization_config"] = Mxfp4Config(dequantize=True)
     kind = GptOssForCausalLM if head else GptOssModel
-    model = kind.from_pretrained(str(source), dtype=dtype, device_map=device_map, **where, **more)
+    model: Any = kind.from_pretrained(str(source), dtype=dtype, device_map=device_map, **where, **more)
+    if dtype == torch.float32 and any(weight.dtype == torch.bfloat16 for weight in model.parameters()):
+        model.to(dtype)  # early releases of transformers 5 leave experts as they unpack them
     return model.requires_grad_(False).eval()
 
 
