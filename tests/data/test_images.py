@@ -1,3 +1,4 @@
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +113,74 @@ def test_fingerprint_sees_what_a_batch_depends_on():
     ]
     assert len({base, *(dataset.fingerprint() for dataset in others)}) == 7
     assert stored(labels=labels, seed=1).fingerprint() == base, "a seed without flips changes nothing"
+
+
+def numbered(n=200, height=5, width=7, **kwargs):
+    """Images in which a pixel says where it is: row / 10 + column / 100, so that a crop names its corner."""
+    places = torch.arange(height)[:, None] / 10 + torch.arange(width) / 100
+    return ImageDataset(name="numbered", source=StoredPixels(pixels=places.expand(n, 1, -1, -1).clone()), **kwargs)
+
+
+def test_crops_are_squares_of_the_image_at_every_place():
+    dataset = numbered(n=3000, crop=3, seed=2)
+    batch = dataset.batch(range(3000)).images
+    windows = numbered(n=1).batch([0]).images[0, 0].unfold(0, 3, 1).unfold(1, 3, 1)
+    assert windows.shape == (3, 5, 3, 3)
+    matches = (batch[:, :, None] == windows.flatten(0, 1)).flatten(3).all(-1)[:, 0]
+    assert (matches.sum(1) == 1).all()
+    counts = matches.sum(0)
+    # 3000 draws of 15 places, 200 each: five standard deviations are 68.
+    assert (counts - 200).abs().max() < 68
+    assert torch.equal(
+        numbered(n=9, width=5, crop=5).batch(range(9)).images, numbered(n=9, width=5).batch(range(9)).images
+    )
+
+
+def test_a_crop_depends_on_seed_index_and_epoch_alone():
+    dataset = numbered(crop=3, seed=4)
+    order = [5, 2, 2, 0, 199, 1]
+    together = dataset.batch(order, epoch=7).images
+    assert torch.equal(together, torch.cat([dataset.batch([i], epoch=7).images for i in order]))
+    assert torch.equal(together[1], together[2])
+    everything = range(200)
+    corners = [
+        numbered(crop=3, seed=seed).batch(everything, epoch=epoch).images[:, 0, 0, 0]
+        for seed, epoch in ((4, 0), (4, 1), (5, 0))
+    ]
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        assert (corners[one] == corners[other]).float().mean() < 0.25, "a fifteenth of them by chance"
+
+
+def test_crops_and_flips_are_independent():
+    both = numbered(n=3000, crop=3, flip=True, seed=6).batch(range(3000)).images
+    cropped = numbered(n=3000, crop=3, seed=6).batch(range(3000)).images
+    mirrored = coin_flips(6, torch.arange(3000), 0)
+    assert torch.equal(both, torch.where(mirrored[:, None, None, None], cropped.flip(-1), cropped))
+    rows, columns = ((cropped[:, 0, 0, 0] * factor).double() for factor in (1, 10))
+    coins = mirrored.double()
+    for corner in (rows, columns % 1):
+        assert abs(torch.corrcoef(torch.stack([corner, coins]))[0, 1]) < 5 / 3000**0.5
+
+
+def test_fingerprint_knows_crops():
+    base = numbered()
+    assert base.fingerprint() == numbered(seed=3).fingerprint()
+    others = [numbered(crop=3), numbered(crop=4), numbered(crop=3, seed=1), numbered(crop=3, flip=True)]
+    assert len({base.fingerprint(), *(other.fingerprint() for other in others)}) == 5
+    # What a set without crops is called must stay: runs are resumed by it.
+    sha = hashlib.sha256(f"{base.source.fingerprint()} False None".encode()).hexdigest()
+    assert base.fingerprint() == sha
+
+
+def test_crops_that_do_not_fit():
+    for size in (0, 6):
+        with pytest.raises(ValueError, match=f"crop is {size}; the images have 5 x 7 pixels, give 1 to 5"):
+            numbered(crop=size).batch([0])
+
+
+def test_folder_is_cropped(tmp_path):
+    paint(tmp_path / "0.png", 7)
+    assert image_folder(tmp_path, 6, crop=4).batch([0]).images.shape == (1, 3, 4, 4)
 
 
 def test_folder_with_classes(tmp_path):

@@ -194,7 +194,7 @@ class ImageDataset:
 
         Args:
             indices: positions in [0, len(self)), in any order, repeats allowed.
-            epoch: which pass over the data; it changes the flips and nothing else.
+            epoch: which pass over the data; it changes flips and crops and nothing else.
 
         Raises:
             ValueError: no indices, or one outside the set; images smaller than the crop.
@@ -216,7 +216,7 @@ class ImageDataset:
         return ImageBatch(images=images, labels=None if self.labels is None else self.labels[positions])
 
     def fingerprint(self) -> str:
-        """A hash of everything a batch depends on: pixels, labels, flips."""
+        """A hash of everything a batch depends on: pixels, labels, flips, crops."""
         drawn = self.flip or self.crop is not None
         crop = "" if self.crop is None else f" crop {self.crop}"
         about = f"{self.source.fingerprint()} {self.flip} {self.seed if drawn else None}{crop}"
@@ -244,7 +244,7 @@ def image_folder(
     Args:
         path: folder with ``.png``, ``.jpg``, ``.jpeg``, ``.webp`` or ``.bmp`` files.
         size: side of the images, in pixels.
-        filter: resampling filter of Pillow, see :class:`Framing`.
+        resize_filter: resampling filter of Pillow, see :class:`Framing`.
         channels: 3 for RGB, 1 for luma.
         flip: mirror at random, see :class:`ImageDataset`.
         crop: side of a random square of the resized image, see :class:`ImageDataset`.

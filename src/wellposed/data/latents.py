@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Int
@@ -26,11 +26,13 @@ from torch import Tensor
 from wellposed.batches import LatentBatch
 from wellposed.data.images import coin_flips
 
-__all__ = ["LatentDataset", "LatentIndex", "write_latents"]
+__all__ = ["LatentDataset", "LatentFormat", "LatentIndex", "write_latents"]
 
 INDEX_FILE = "index.json"
 MIRRORED = "mirrored_"
 FIELDS = ("latents", "query_latents", "labels")
+
+LatentFormat = Literal["float32", "bfloat16"]
 
 Encode = Callable[[range, bool], LatentBatch]
 """(images, whether to mirror them) -> their latents."""
@@ -46,6 +48,10 @@ class LatentIndex:
         count: images.
         shard_size: images in a shard.
         mirrored: whether the mirrored images' latents are there too.
+        dtype: name of the format in which latents are kept; they are read as float32.
+
+    Raises:
+        ValueError: no images, or none in a shard; an unknown format.
     """
 
     name: str
@@ -53,6 +59,13 @@ class LatentIndex:
     count: int
     shard_size: int
     mirrored: bool
+    dtype: LatentFormat = "float32"
+
+    def __post_init__(self) -> None:
+        if self.count < 1 or self.shard_size < 1:
+            raise ValueError(f"{self.count} images, {self.shard_size} in a shard; there must be at least 1 of each")
+        if self.dtype not in get_args(LatentFormat):
+            raise ValueError(f"dtype is {self.dtype!r}; write one of {', '.join(get_args(LatentFormat))}")
 
     @property
     def num_shards(self) -> int:
@@ -70,7 +83,6 @@ def write_latents(
     encode: Encode,
     *,
     batch_size: int = 64,
-    dtype: torch.dtype = torch.float32,
     rank: int = 0,
     world_size: int = 1,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
@@ -82,7 +94,6 @@ def write_latents(
         index: what is to be there.
         encode: the encoder.
         batch_size: images encoded at a time.
-        dtype: in which latents are kept.
         rank: of this process.
         world_size: number of processes.
         on_progress: called with this rank's shards done, and all of them.
@@ -97,7 +108,7 @@ def write_latents(
     for done, shard in enumerate(mine):
         path = _shard_path(root, shard)
         if not path.is_file():
-            _write_shard(path, _encoded(index.images(shard), encode, batch_size, index.mirrored, dtype))
+            _write_shard(path, _encoded(index, shard, encode, batch_size))
         on_progress(done + 1, len(mine))
 
 
@@ -106,21 +117,21 @@ def _claim(root: Path, index: LatentIndex) -> None:
     if path.is_file():
         found = _read_index(path)
         if found != index:
-            raise ValueError(
-                f"{root} holds latents of {found.name!r} ({found.count} images, source {found.source[:8]}), not of "
-                f"{index.name!r} ({index.count} images, source {index.source[:8]}); choose another folder or remove it"
-            )
+            held, wanted = asdict(found), asdict(index)
+            others = [f"{what} {held[what]!r}, not {wanted[what]!r}" for what in held if held[what] != wanted[what]]
+            raise ValueError(f"{root} holds other latents: {'; '.join(others)}; choose another folder or remove it")
         return
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     partial.write_text(json.dumps(asdict(index), indent=2) + "\n", encoding="utf-8")
     partial.replace(path)
 
 
-def _encoded(images: range, encode: Encode, batch_size: int, mirrored: bool, dtype: torch.dtype) -> dict[str, Tensor]:
+def _encoded(index: LatentIndex, shard: int, encode: Encode, batch_size: int) -> dict[str, Tensor]:
+    images, dtype = index.images(shard), getattr(torch, index.dtype)
     parts: dict[str, list[Tensor]] = defaultdict(list)
     for start in range(images.start, images.stop, batch_size):
         some = range(start, min(start + batch_size, images.stop))
-        for prefix in ("", MIRRORED) if mirrored else ("",):
+        for prefix in ("", MIRRORED) if index.mirrored else ("",):
             batch = encode(some, bool(prefix))
             for name in FIELDS:
                 value: Tensor | None = getattr(batch, name)
@@ -216,7 +227,7 @@ class LatentDataset:
                     for place, row, flipped in wanted:
                         prefix = MIRRORED if flipped and name != "labels" else ""
                         into[name][place] = held.get_slice(prefix + name)[row]
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, IndexError) as error:
             raise ValueError(f"{path} cannot be read ({error}); remove it and call write_latents again") from error
         return {name for name in FIELDS if name not in present}
 
@@ -234,5 +245,5 @@ def _read_index(path: Path) -> LatentIndex:
     try:
         held: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return LatentIndex(**held)
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}); remove the folder and write the latents again") from error

@@ -53,10 +53,12 @@ def tap_report(autoencoder: AutoencoderDecQ, images: Float[Tensor, "batch channe
     """Of some images in [0, 1].
 
     Raises:
-        ValueError: an autoencoder without queries.
+        ValueError: an autoencoder without queries, or in training mode.
     """
-    latent, _ = autoencoder.encode(images, return_dict=False)
+    if autoencoder.training:
+        raise ValueError("the autoencoder is in training mode and would add noise; call eval() first")
     tapped = _tapped(autoencoder, images)
+    latent, _ = autoencoder.encode(images, return_dict=False)
     moved: list[Tensor] = []
     covered: list[Tensor] = []
     queries = _start(autoencoder, tapped)
@@ -76,7 +78,7 @@ def tap_report(autoencoder: AutoencoderDecQ, images: Float[Tensor, "batch channe
     movement = torch.stack(moved)
     return TapReport(
         layers=_layers(autoencoder),
-        movement=tuple((movement / movement.sum()).tolist()),
+        movement=tuple((movement / movement.sum().clamp_min(SMALLEST)).tolist()),
         coverage=tuple(torch.stack(covered).tolist()),
         error=tuple((errors[1:] / errors[0]).tolist()),
         reconstruction=tuple((added / added.sum().clamp_min(SMALLEST)).tolist()),
@@ -86,7 +88,7 @@ def tap_report(autoencoder: AutoencoderDecQ, images: Float[Tensor, "batch channe
 @torch.no_grad()
 def attention_maps(
     autoencoder: AutoencoderDecQ, images: Float[Tensor, "batch channels height width"]
-) -> Float[Tensor, "taps batch queries height width"]:
+) -> Float[Tensor, "taps batch queries rows columns"]:
     """Where each query looks at each tap, mean over heads; a map sums to 1 where queries read patches only.
 
     Raises:

@@ -7,6 +7,8 @@ Queries get statistics of their own, for each slot and channel, which is ours: a
 their energy is constant in each slot.
 """
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from wellposed.batches import LatentBatch
 from wellposed.data.images import ImageDataset
-from wellposed.data.latents import LatentDataset, LatentIndex, write_latents
+from wellposed.data.latents import LatentDataset, LatentFormat, LatentIndex, write_latents
 from wellposed.decq.autoencoder import AutoencoderDecQ
 from wellposed.evaluation.features import hash_weights
 from wellposed.training.distributed import Workers
@@ -40,7 +42,8 @@ class Moments:
 
     def update(self, values: Float[Tensor, "batch *shape"]) -> None:
         """Take in a batch."""
-        wide = values.detach().double()
+        # Apple's GPUs have no float64.
+        wide = (values.detach().cpu() if values.device.type == "mps" else values.detach()).double()
         mean = wide.mean(0)
         self._merge(len(wide), mean, (wide - mean).square().sum(0))
 
@@ -117,7 +120,7 @@ def latent_statistics(
         on_progress: called with this rank's images done, and all of them.
 
     Raises:
-        ValueError: fewer images than ranks.
+        ValueError: fewer images than ranks; images that are cropped at random.
     """
     if len(images) < workers.world_size:
         raise ValueError(f"{len(images)} images cannot be shared by {workers.world_size} ranks; use fewer ranks")
@@ -168,7 +171,16 @@ class EncodedImages:
         return self._latents(batch.images, batch.labels)
 
     def encode(self, indices: Sequence[int] | Int[Tensor, " batch"], *, mirrored: bool) -> LatentBatch:
-        """Latents of the images at ``indices``, all mirrored or none."""
+        """Latents of the images at ``indices``, all mirrored or none, whatever the set's own flips.
+
+        Raises:
+            ValueError: a set whose images are cropped at random, which have no latents of their own.
+        """
+        if self.images.crop is not None:
+            raise ValueError(
+                f"{self.name!r} crops its images anew in every epoch, so that they have no latents to keep; give the "
+                "set without crop"
+            )
         positions = torch.as_tensor(indices)
         pixels = ImageDataset(name=self.name, source=self.images.source).batch(positions).images
         labels = None if self.images.labels is None else self.images.labels[positions]
@@ -183,8 +195,10 @@ class EncodedImages:
         return LatentBatch(latents=latent.float(), query_latents=queries[0].float() if queries else None, labels=labels)
 
     def fingerprint(self) -> str:
-        """A hash of images and weights."""
-        return f"{self.images.fingerprint()} {hash_weights(self.autoencoder)}"
+        """A hash of images, weights, and what of the autoencoder is not in its weights: taps, summed layers."""
+        fields = {name: value for name, value in self.autoencoder.config.items() if not name.startswith("_")}
+        about = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()
+        return f"{self.images.fingerprint()} {hash_weights(self.autoencoder)} {about}"
 
 
 def cache_latents(
@@ -195,7 +209,7 @@ def cache_latents(
     *,
     shard_size: int = 4096,
     batch_size: int = 64,
-    dtype: torch.dtype = torch.float32,
+    dtype: LatentFormat = "float32",
     on_progress: OnProgress = lambda done, total: None,
 ) -> LatentDataset:
     """Encode a set once, mirrored too if the set is flipped in training; ranks write different shards.
@@ -209,11 +223,11 @@ def cache_latents(
         workers: the ranks.
         shard_size: images in a file.
         batch_size: images encoded at a time.
-        dtype: in which latents are kept.
+        dtype: name of the format in which latents are kept.
         on_progress: called with this rank's shards done, and all of them.
 
     Raises:
-        ValueError: the folder holds latents of other images or of another autoencoder.
+        ValueError: the folder holds latents of other images or of another autoencoder; images cropped at random.
     """
     encoded = EncodedImages(autoencoder, images)
     index = LatentIndex(
@@ -222,13 +236,13 @@ def cache_latents(
         count=len(images),
         shard_size=shard_size,
         mirrored=images.flip,
+        dtype=dtype,
     )
     write_latents(
         folder,
         index,
         lambda some, mirrored: encoded.encode(torch.tensor(some), mirrored=mirrored),
         batch_size=batch_size,
-        dtype=dtype,
         rank=workers.rank,
         world_size=workers.world_size,
         on_progress=on_progress,

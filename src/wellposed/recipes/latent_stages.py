@@ -143,7 +143,7 @@ def latent_stage(
             # Another autoencoder's latents, of a longer stage one say, are another folder's.
             folder / hash_weights(autoencoder)[:12],
             workers,
-            dtype=getattr(torch, recipe.generation.cache_dtype),
+            dtype=recipe.generation.cache_dtype,
         )
 
 
