@@ -188,6 +188,8 @@ def test_a_published_encoder_is_taken_over(build: Build, images: torch.Tensor, t
         ({"num_queries": -1}, "plain RAE"),
         ({"condenser_context": "cls"}, '"patch" or "all"'),
         ({"num_summed_layers": 5}, "blocks 1 to 4"),
+        ({"decoder_position_range": 0}, "decoder_position_range"),
+        ({"condenser_num_heads": 3}, "does not divide"),
     ],
 )
 def test_fields_that_do_not_fit(build: Build, fields: dict[str, Any], message: str) -> None:
@@ -200,8 +202,12 @@ def test_bad_calls(build: Build, images: torch.Tensor) -> None:
     code = model.encode(images)
     with pytest.raises(ValueError, match="query_latent is missing"):
         model.decode(code.latent)
-    with pytest.raises(ValueError, match="expected"):
+    with pytest.raises(ValueError, match=r"expected \(3, 3, 64\)"):
         model.decode(code.latent, code.query_latent[:, :2])
+    with pytest.raises(ValueError, match=r"expected \(batch, 64, side, side\)"):
+        model.decode(code.latent.flatten(2).unflatten(2, (2, 8)), code.query_latent)
+    with pytest.raises(ValueError, match="got 18 tokens"):
+        model.unpack(torch.zeros(1, 18, 64))
     with pytest.raises(ValueError, match="leave it out"):
         plain.decode(code.latent, code.query_latent)
     with pytest.raises(ValueError, match="square"):
@@ -214,3 +220,177 @@ def test_bad_calls(build: Build, images: torch.Tensor) -> None:
         model.set_latent_statistics(torch.zeros(1), torch.zeros(1))
     with pytest.raises(ValueError, match="without as_rae"):
         model.save_pretrained("nowhere", as_rae=True)
+
+
+def test_the_decoder_looks_at_the_queries(build: Build, images: torch.Tensor) -> None:
+    model = build().double()
+    code = model.encode(images.double())
+    own = model.decode(code.latent, code.query_latent).sample
+    others = model.decode(code.latent, code.query_latent.roll(1, 0)).sample
+    assert ((own - others).flatten(1).abs().amax(1) > 1e-4).all()
+    # Each slot has its place in the decoder, whatever the order in which condensers see them.
+    assert (own - model.decode(code.latent, code.query_latent.flip(1)).sample).abs().max() > 1e-5
+
+
+def test_slots_of_the_whole_encoder_are_exchangeable(build: Build, images: torch.Tensor) -> None:
+    model = build().double()
+    before = model.encode(images.double()).query_latent
+    torch.testing.assert_close(before.mean(-1), torch.zeros_like(before[..., 0]), rtol=0, atol=1e-4)
+    torch.testing.assert_close(before.var(-1, correction=0), torch.ones_like(before[..., 0]), rtol=0, atol=1e-3)
+    model.condensers.queries.data = model.condensers.queries.data[[2, 0, 1]]
+    torch.testing.assert_close(model.encode(images.double()).query_latent, before[:, [2, 0, 1]], rtol=1e-9, atol=1e-12)
+
+
+def test_statistics_normalise_what_they_were_taken_of(build: Build, images: torch.Tensor) -> None:
+    model = build()
+    raw = model.encode(images)
+    reconstruction = model.decode(raw.latent, raw.query_latent).sample
+    given = [part for z in (raw.latent, raw.query_latent) for part in (z.mean(0), z.std(0, correction=0))]
+    model.set_latent_statistics(*given)
+    code = model.encode(images)
+    for z in (code.latent, code.query_latent):
+        torch.testing.assert_close(z.mean(0), torch.zeros_like(z[0]), rtol=0, atol=1e-3)
+        torch.testing.assert_close(z.var(0, correction=0), torch.ones_like(z[0]), rtol=0, atol=1e-2)
+    torch.testing.assert_close(model.decode(code.latent, code.query_latent).sample, reconstruction, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize("reshape_to_2d", [False, True])
+def test_saved_and_loaded(
+    build: Build, images: torch.Tensor, tmp_path: Path, low_cpu_mem_usage: bool, reshape_to_2d: bool
+) -> None:
+    model = build(reshape_to_2d=reshape_to_2d, num_summed_layers=2, scaling_factor=0.7, decoder_position_range=4)
+    raw = model.encode(images)
+    model.set_latent_statistics(raw.latent.mean(0), torch.tensor([2.0]), torch.zeros(1), raw.query_latent.std(0))
+    code = model.encode(images)
+    model.save_pretrained(tmp_path)
+    again = AutoencoderDecQ.from_pretrained(tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert {n: v for n, v in again.config.items() if n[0] != "_"} == {
+        n: v for n, v in model.config.items() if n[0] != "_"
+    }
+    copy = AutoencoderDecQ.from_config(model.config).eval()
+    copy.load_state_dict(model.state_dict())
+    assert torch.equal(copy.encode(images).latent, code.latent)
+    for a, b in zip(again.encode(images, return_dict=False), code.to_tuple(), strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(again.decode(*code.to_tuple()).sample, model.decode(*code.to_tuple()).sample)
+
+
+@pytest.mark.parametrize("part", ["latents_mean", "latents_std"])
+def test_half_the_statistics_of_an_rae(sizes: dict[str, Any], images: torch.Tensor, tmp_path: Path, part: str) -> None:
+    theirs = rae(sizes, **{"latents_mean": None, "latents_std": None, part: torch.full((64, 4, 4), 0.5)})
+    theirs.save_pretrained(tmp_path / "rae")
+    for ours in (AutoencoderDecQ.from_rae(theirs), AutoencoderDecQ.from_pretrained(tmp_path / "rae")):
+        assert torch.equal(ours.encode(images).latent, theirs.encode(images).latent)
+        ours.save_pretrained(tmp_path / "ours")
+        again = AutoencoderDecQ.from_pretrained(tmp_path / "ours")
+        assert torch.equal(again.encode(images).latent, theirs.encode(images).latent)
+
+
+def test_a_copy_of_an_rae_is_where_and_what_it_was(sizes: dict[str, Any]) -> None:
+    theirs = rae(sizes, noise_tau=0.8)
+    assert not AutoencoderDecQ.from_rae(theirs).training
+    assert AutoencoderDecQ.from_rae(theirs.train()).training
+    half = AutoencoderDecQ.from_rae(theirs.to(torch.bfloat16))
+    assert half.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="has 3 queries already"):
+        AutoencoderDecQ.from_rae(AutoencoderDecQ.from_rae(theirs, num_queries=3, condenser_layers=(0,)))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        # Heads are no tensors: diffusers' model would load them, and make other latents of an image.
+        ({"encoder_config": {"num_attention_heads": 2}}, "num_attention_heads': 2"),
+        ({"decoder_position_range": 4}, "decoder_position_range is 4"),
+        ({"encoder_type": "dinov3"}, "the encoders dinov2, siglip2, mae"),
+        ({"num_summed_layers": 2}, "no summed layers"),
+        ({"encoder_type": "siglip2"}, "cannot build an AutoencoderRAE"),
+    ],
+)
+def test_what_an_rae_cannot_be(build: Build, tmp_path: Path, fields: dict[str, Any], message: str) -> None:
+    model = build(num_queries=0, **fields)
+    with pytest.raises(ValueError, match=message):
+        model.save_pretrained(tmp_path, as_rae=True)
+    assert not list(tmp_path.iterdir())
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a.float() - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_half_precision_is_near(build: Build, images: torch.Tensor, autocast: bool) -> None:
+    model = build()
+    whole = [*model.encode(images).to_tuple(), model(images).sample]
+    half = model if autocast else build().to(torch.bfloat16)
+    pixels = images if autocast else images.to(torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        near = [*half.encode(pixels).to_tuple(), half(pixels).sample]
+    for a, b in zip(near, whole, strict=True):
+        assert a.isfinite().all() and 0 < relative(a, b) < 0.012
+
+
+def test_weights_kept_in_eight_bits(build: Build, images: torch.Tensor) -> None:
+    model = build()
+    exact = model(images).sample
+    model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    assert model.condensers.condensers[0].attn.to_k.weight.dtype == torch.float8_e4m3fn
+    assert 0 < relative(model(images).sample, exact) < 0.1
+
+
+@pytest.mark.parametrize("offload_type", ["block_level", "leaf_level"])
+@pytest.mark.parametrize("num_queries", [0, 3])
+def test_offloaded_in_groups(
+    build: Build, images: torch.Tensor, tmp_path: Path, offload_type: str, num_queries: int
+) -> None:
+    """To disk: a tensor that is not brought back in time holds nothing."""
+    model = build(num_queries=num_queries)
+    code, sample = model.encode(images).to_tuple(), model(images).sample
+    cpu = torch.device("cpu")
+    model.enable_group_offload(
+        cpu, cpu, offload_type=offload_type, num_blocks_per_group=1, offload_to_disk_path=str(tmp_path)
+    )
+    for _ in range(2):
+        assert all(torch.equal(a, b) for a, b in zip(model.encode(images).to_tuple(), code, strict=True))
+        assert torch.equal(model.decode(*code).sample, sample)
+        assert torch.equal(model(images).sample, sample)
+
+
+def test_attention_backends_and_fused_projections(build: Build, images: torch.Tensor) -> None:
+    model = build()
+    sample = model(images).sample
+    model.set_attention_backend("_native_math")
+    torch.testing.assert_close(model(images).sample, sample)
+    model.fuse_qkv_projections()
+    torch.testing.assert_close(model(images).sample, sample)
+    model.unfuse_qkv_projections()
+    assert len(model.attn_processors) == 2 + 2
+
+
+def test_images_of_another_size_are_resized(build: Build, images: torch.Tensor) -> None:
+    model = build()
+    large = torch.nn.functional.interpolate(images, 80, mode="bilinear")
+    small = torch.nn.functional.interpolate(large, 56, mode="bicubic")
+    assert torch.equal(model.encode(large).latent, model.encode(small).latent)
+
+
+def test_latents_of_another_grid_keep_the_queries_whole(build: Build, images: torch.Tensor) -> None:
+    """Patches are resized to the decoder's grid, as in RAEDecoder; queries are not."""
+    model = build().double()
+    code = model.encode(images.double())
+    constant = code.latent.mean((2, 3), keepdim=True)
+    wide, square = (model.decode(constant.expand(-1, -1, n, n), code.query_latent).sample for n in (6, 4))
+    torch.testing.assert_close(wide, square, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.compile
+def test_its_blocks_compile(build: Build, images: torch.Tensor) -> None:
+    model = build()
+    with torch.no_grad():
+        sample = model(images).sample
+        model.compile_repeated_blocks(backend="eager", fullgraph=True)
+        torch.testing.assert_close(model(images).sample, sample)
+        torch.testing.assert_close(
+            torch.compile(build().encode, backend="eager")(images).query_latent, model.encode(images).query_latent
+        )

@@ -10,7 +10,8 @@ With ``num_queries=0`` this *is* diffusers' ``AutoencoderRAE``: same configurati
 decoder's blocks are diffusers' own.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, cast
@@ -39,6 +40,7 @@ __all__ = ["AutoencoderDecQ", "DecQDecoder", "DecQEncoderOutput"]
 
 STD_EPS = 1e-5
 PUBLISHED_GRID = 16
+STATISTICS = {"_latents_mean", "_latents_std", "_query_latents_mean", "_query_latents_std"}
 RAE_ENCODERS = ("dinov2", "siglip2", "mae")
 OUR_FIELDS = (
     *("num_queries", "condenser_layers", "condenser_num_heads", "condenser_mlp_ratio", "condenser_context"),
@@ -91,7 +93,7 @@ class DecQDecoder(RAEDecoder):
         self,
         hidden_states: Float[Tensor, "batch patches width"],
         query_states: Float[Tensor, "batch queries width"] | None = None,
-    ) -> Float[Tensor, "batch patches pixels"]:
+    ) -> Float[Tensor, "batch cells pixels"]:
         """Pixels of each patch, in the encoder's normalisation."""
         # Other grids are resized as latents, which must leave the queries alone.
         patches = self.interpolate_latent(self.decoder_embed(hidden_states))
@@ -161,8 +163,7 @@ class AutoencoderDecQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin)
     _supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["ViTMAELayer", "Condenser"]
     _repeated_blocks: ClassVar[list[str]] = ["ViTMAELayer"]
-    # Offloaded in groups one by one: encode and decode are no forward, at which the whole would be brought back.
-    _group_offload_block_modules: ClassVar[list[str]] = ["encoder", "condensers", "decoder"]
+    _group_offload_block_modules: ClassVar[list[str]] = ["encoder", "decoder"]
     _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = ["decoder.decoder_pos_embed"]
 
     @register_to_config
@@ -256,11 +257,10 @@ class AutoencoderDecQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin)
             scale = torch.tensor(list(values or default), dtype=torch.float32)
             self.register_buffer(name, scale.view(1, -1, 1, 1))
         mean, std = _as_tensor(latents_mean), _as_tensor(latents_std)
-        given = mean if mean is not None else std
-        self._register_statistics("_latents", latents_shape if given is None else given.shape, mean, std)
+        self._register_statistics("_latents", latents_shape, mean, std)
         if num_queries:
             self._register_statistics("_query_latents", query_latents_shape)
-        self.register_to_config(
+        self._note(
             latents_mean=None,
             latents_std=None,
             latents_shape=list(self._latents_mean.shape),
@@ -288,13 +288,14 @@ class AutoencoderDecQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin)
             ValueError: images that are not square or not in [0, 1].
         """
         self._check_images(x)
-        if self.use_slicing and len(x) > 1:
-            chosen = generator if isinstance(generator, Sequence) else [generator] * len(x)
-            parts = [self._encode(one, g) for one, g in zip(x.split(1), chosen, strict=True)]
-            latent = torch.cat([part for part, _ in parts])
-            queries = torch.cat([cast(Tensor, part) for _, part in parts]) if self.config["num_queries"] else None
-        else:
-            latent, queries = self._encode(x, generator)
+        with _brought_back(self):
+            if self.use_slicing and len(x) > 1:
+                chosen = generator if isinstance(generator, Sequence) else [generator] * len(x)
+                parts = [self._encode(one, g) for one, g in zip(x.split(1), chosen, strict=True)]
+                latent = torch.cat([part for part, _ in parts])
+                queries = torch.cat([cast(Tensor, part) for _, part in parts]) if self.config["num_queries"] else None
+            else:
+                latent, queries = self._encode(x, generator)
         output = DecQEncoderOutput(latent=latent, query_latent=queries)
         return output if return_dict else output.to_tuple()
 
@@ -371,11 +372,12 @@ class AutoencoderDecQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin)
         """
         self._check_patch_latents(z)
         self._check_query_latents(z, query_latent)
-        if self.use_slicing and len(z) > 1:
-            queries = [None] * len(z) if query_latent is None else query_latent.split(1)
-            sample = torch.cat([self._decode(*pair) for pair in zip(z.split(1), queries, strict=True)])
-        else:
-            sample = self._decode(z, query_latent)
+        with _brought_back(self):
+            if self.use_slicing and len(z) > 1:
+                queries = [None] * len(z) if query_latent is None else query_latent.split(1)
+                sample = torch.cat([self._decode(*pair) for pair in zip(z.split(1), queries, strict=True)])
+            else:
+                sample = self._decode(z, query_latent)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     def _decode(self, z: Tensor, query_latent: Tensor | None) -> Tensor:
@@ -453,10 +455,15 @@ class AutoencoderDecQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin)
                 _check_statistics(f"{part} of the {what}s", values, shape)
             if not bool((s > 0).all()):
                 raise ValueError(f"the standard deviation of the {what}s has entries that are not positive")
-            self._register_statistics(name, m.shape, m, s)
-        self.register_to_config(latents_shape=list(mean.shape))
+            self._register_statistics(name, None, m, s)
+        self._note(latents_shape=list(self._latents_mean.shape))
         if query_mean is not None:
-            self.register_to_config(query_latents_shape=list(query_mean.shape))
+            self._note(query_latents_shape=list(self._query_latents_mean.shape))
+
+    def _note(self, **fields: Any) -> None:
+        """Into the configuration, also for ``from_config``, which skips what was not passed when the model was made."""
+        skipped = [name for name in self.config.get("_use_default_values", []) if name not in fields]
+        self.register_to_config(**fields, _use_default_values=skipped)
 
     def normalize_patches(self, tokens: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch ..."]:
         """Patch tokens of the encoder, in the shape of patch latents, as patch latents."""
@@ -478,11 +485,14 @@ class AutoencoderDecQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin)
         self, name: str, shape: Sequence[int] | None, mean: Tensor | None = None, std: Tensor | None = None
     ) -> None:
         where = self.encoder_mean.device
-        size = (1,) if shape is None else tuple(shape)
-        mean = torch.zeros(size) if mean is None else mean.expand(size)
-        std = torch.ones(size) if std is None else std.expand(size)
+        mean = torch.zeros(1) if mean is None else mean
+        std = torch.ones(1) if std is None else std
+        given = torch.broadcast_shapes(mean.shape, std.shape)
+        # One shape for both, since the configuration keeps one; that of a file, where the file has the numbers.
+        size = tuple(shape) if shape is not None and given == (1,) else given
         for part, values in (("mean", mean), ("std", std)):
-            self.register_buffer(f"{name}_{part}", values.detach().clone().to(where, torch.float32))
+            copied = values.detach().to(where, torch.float32).expand(size).clone()
+            self.register_buffer(f"{name}_{part}", copied)
 
     def _normalized(self, z: Tensor, name: str) -> Tensor:
         mean, std = (getattr(self, f"{name}_{part}").to(z.device, z.dtype) for part in ("mean", "std"))
@@ -537,9 +547,19 @@ class AutoencoderDecQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin)
 
     def _fix_state_dict_keys_on_load(self, state_dict: Any) -> None:
         super()._fix_state_dict_keys_on_load(state_dict)
-        renamed = in_layout_of(self.state_dict().keys(), state_dict)
+        renamed = self._as_own(state_dict)
         state_dict.clear()
         state_dict.update(renamed)
+
+    def _as_own(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weights of a file under the names, and statistics in the shapes, that this model has."""
+        own = self.state_dict()
+        renamed = in_layout_of(own.keys(), weights)
+        for name in STATISTICS & own.keys() & renamed.keys():
+            # AutoencoderRAE keeps a mean without a standard deviation, or the other way, in shapes of their own.
+            if renamed[name].numel() == 1:
+                renamed[name] = renamed[name].expand(own[name].shape).contiguous()
+        return renamed
 
     @classmethod
     def from_rae(cls, rae: "AutoencoderRAE | AutoencoderDecQ", **config: Any) -> "AutoencoderDecQ":
@@ -645,8 +665,7 @@ class AutoencoderDecQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin)
 
     def _take_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Weights of a plain RAE; what it has not stays as it was drawn."""
-        own = self.state_dict()
-        renamed = in_layout_of(own.keys(), weights)
+        own, renamed = self.state_dict(), self._as_own(weights)
         mine = ("condensers.", "decoder.query_", "_query_latents")
         missing = [name for name in own if name not in renamed and not name.startswith(mine)]
         if missing:
@@ -686,6 +705,20 @@ class AutoencoderDecQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin)
                 f"query_latent has shape {tuple(query_latent.shape)}; expected ({len(z)}, {num_queries}, {width})"
                 + ("" if num_queries else ": this model has no queries, leave it out")
             )
+
+
+@contextmanager
+def _brought_back(model: nn.Module) -> Generator[None]:
+    """Offloading in groups brings a model's own part back at its forward, which ``encode`` and ``decode`` are not."""
+    registry: Any = getattr(model, "_diffusers_hook", None)
+    hook = None if registry is None else registry.get_hook("group_offloading")
+    if hook is not None:
+        hook.pre_forward(model)
+    try:
+        yield
+    finally:
+        if hook is not None:
+            hook.post_forward(model, None)
 
 
 def _like(source: ModelMixin, model: Model) -> Model:

@@ -7,7 +7,7 @@ K queries walk past the encoder's layers. At a tapped layer l, with patch tokens
 and never enter the encoder, so that its own tokens cannot change. Queries ask, patches answer: there is no attention
 among queries and no mask.
 
-A condenser of width d with an FFN of 4 d has 12 d^2 + 19 d parameters, 7,089,408 at d = 768. That the attention's
+A condenser of width d with an FFN of 4 d has 12 d^2 + 15 d parameters, 7,089,408 at d = 768. That the attention's
 matrices are all d x d, that queries and patches have a norm each, and that every norm has weights follows from the
 parameter table; heads, activation and initialisation are ours (docs/methods/decq.md).
 """
@@ -244,4 +244,5 @@ class DetailCondensers(nn.Module):
 
     def start(self, tokens: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch queries width"]:
         """The learned queries, one copy for each image."""
-        return self.queries.to(tokens.dtype).expand(len(tokens), -1, -1)
+        # A view of a parameter says that it requires a gradient under torch.no_grad too, where it can have none.
+        return self.queries.to(tokens.dtype).repeat(len(tokens), 1, 1)
