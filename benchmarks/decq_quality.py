@@ -9,7 +9,7 @@ One frozen encoder, one decoder, one budget for all; only queries, taps and summ
 (iii) what the encoder knows (linear probe), what taps do, and what neighbours by queries and by patches share.
 
     python benchmarks/decq_quality.py                                     # photographs of ordinary packages
-    python benchmarks/decq_quality.py --data ../shared/data               # CIFAR-10 as JPEGs, classifier's features
+    python benchmarks/decq_quality.py --data DATA                        # CIFAR-10 as JPEGs, classifier's features
     python benchmarks/decq_quality.py --part generation --seeds 0         # trains what is missing of these only
 """
 
@@ -79,7 +79,8 @@ def cifar(chosen: argparse.Namespace) -> LatentRecipe:
         recipe,
         name="decq_cifar10_jpeg",
         encoder=EncoderSource(get=_cifar_encoder(sets["train"], chosen.encoder_steps), what="trained on its classes"),
-        dataset=lambda folder: replace(sets["train"], flip=True),
+        # Latents of fewer images are encoded in seconds; a generator of this budget sees each of them a few times.
+        dataset=lambda folder: _first(sets["train"], chosen.images),
         test_dataset=lambda folder: sets["test"],
         evaluation=FeatureEvaluation(num_samples=chosen.samples, extractor=_resnet(chosen.data)),
     )
@@ -96,6 +97,14 @@ def _jpegs(path: Path, part: str) -> ImageDataset:
         name=f"CIFAR-10-JPEG ({part})",
         source=StoredPixels(pixels=torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()),
         labels=torch.from_numpy(labels.astype(np.int64)),
+    )
+
+
+def _first(images: ImageDataset, count: int) -> ImageDataset:
+    assert images.labels is not None
+    pixels = images.source.read(torch.arange(count))
+    return ImageDataset(
+        name=f"{images.name}, the first {count}", source=StoredPixels(pixels=pixels), labels=images.labels[:count]
     )
 
 
@@ -299,13 +308,14 @@ def main() -> None:
     parser.add_argument("--part", choices=list(PARTS), nargs="+", default=list(PARTS))
     parser.add_argument("--arms", nargs="+", help="names of the arms, None for all; the first is the plain RAE")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--encoder-steps", type=int, default=1500)
-    parser.add_argument("--reconstruction-steps", type=int, default=600)
-    parser.add_argument("--generation-steps", type=int, default=1200)
-    parser.add_argument("--every", type=int, default=200)
-    parser.add_argument("--test-images", type=int, default=1000)
-    parser.add_argument("--samples", type=int, default=500)
-    parser.add_argument("--sampling-steps", type=int, default=20)
+    parser.add_argument("--images", type=int, default=10_000, help="of CIFAR-10, for both stages")
+    parser.add_argument("--encoder-steps", type=int, default=2000)
+    parser.add_argument("--reconstruction-steps", type=int, default=400)
+    parser.add_argument("--generation-steps", type=int, default=600)
+    parser.add_argument("--every", type=int, default=150)
+    parser.add_argument("--test-images", type=int, default=500)
+    parser.add_argument("--samples", type=int, default=300)
+    parser.add_argument("--sampling-steps", type=int, default=12)
     parser.add_argument("--no-result", action="store_true", help="only train what is missing")
     chosen = parser.parse_args()
     set_name = "photographs" if chosen.data is None else "cifar10-jpeg"
@@ -318,7 +328,7 @@ def main() -> None:
         started = datetime.now(UTC)
         metrics = PARTS[part](chosen, found, encoder)
         if not chosen.no_result:
-            settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(chosen).items()}
+            settings = {name: value for name, value in vars(chosen).items() if not isinstance(value, Path)}
             settings |= {"recipe": recipe.settings(), "threads": torch.get_num_threads()}
             name = f"decq-{part}-{set_name}"
             print(write_result(name, metrics, settings, seed=chosen.seeds[0], started=started))

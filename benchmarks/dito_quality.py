@@ -12,8 +12,8 @@ over that inside relative to the dense image, of pixels and of latents, and how 
 has it with crops.
 
     python benchmarks/dito_quality.py                                 # digits and photographs; trained if missing
-    python benchmarks/dito_quality.py --sets mnist_dit --data ../shared/data  # a DiT that others trained, on MNIST
-    python benchmarks/dito_quality.py --sets cifar10 --data ../shared/data    # the longer run, on CIFAR-10
+    python benchmarks/dito_quality.py --sets mnist_dit --data DATA  # a DiT that others trained, on MNIST
+    python benchmarks/dito_quality.py --sets cifar10 --data DATA    # the longer run, on CIFAR-10
     python benchmarks/dito_quality.py --pipeline PATH --preset flux_1024 --prompts FILE --device cuda --dtype bfloat16
 
 The folder of data holds ``loaders.py`` and, for each set, ``mnist/`` and ``mnist_dit/``, or ``cifar10/`` and
