@@ -20,7 +20,7 @@ __all__ = ["check_names", "inferred_config", "published_names", "read_single_fil
 FIRST_TENSOR = "img_in.weight"
 
 # What repackagings in few bits keep beside their weights: Comfy's mxfp8, nvfp4 and int8, scaled fp8, bitsandbytes.
-QUANTISED = ("comfy_quant", "weight_scale", "weight_scale_2", "scale_weight", "input_scale", "absmax", "scaled_fp8")
+QUANTISED = ("comfy_quant", "weight_scale", "weight_scale_2", "scale_weight", "input_scale", "absmax")
 FULL = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
