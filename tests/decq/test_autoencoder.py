@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderRAE
+from diffusers import AutoencoderRAE, attention_backend
 
 from wellposed.decq.autoencoder import AutoencoderDecQ
 from wellposed.decq.encoders import ENCODERS
@@ -360,8 +360,10 @@ def test_offloaded_in_groups(
 def test_attention_backends_and_fused_projections(build: Build, images: torch.Tensor) -> None:
     model = build()
     sample = model(images).sample
-    model.set_attention_backend("_native_math")
-    torch.testing.assert_close(model(images).sample, sample)
+    with attention_backend("native"):  # restores the default of all models, which the next line changes
+        model.set_attention_backend("_native_math")
+        torch.testing.assert_close(model(images).sample, sample)
+        model.reset_attention_backend()
     model.fuse_qkv_projections()
     torch.testing.assert_close(model(images).sample, sample)
     model.unfuse_qkv_projections()

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import torch
-from diffusers import AutoencoderRAE, DiffusionPipeline, ImagePipelineOutput
+from diffusers import AutoencoderRAE, DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
@@ -19,7 +20,7 @@ __all__ = ["DecQPipeline", "DecQPipelineOutput"]
 
 
 @dataclass
-class DecQPipelineOutput(ImagePipelineOutput):
+class DecQPipelineOutput(BaseOutput):
     """What was generated.
 
     Attributes:
@@ -27,6 +28,7 @@ class DecQPipelineOutput(ImagePipelineOutput):
         query_latents: the queries that belong to them, with "latent" only, and where K > 0.
     """
 
+    images: Any
     query_latents: Tensor | None = None
 
 
