@@ -2,12 +2,14 @@
 
 ``TransformerBlockRegistry`` of diffusers knows which argument of a block is the image stream and which output. What an
 adapter adds: which rows of it are image tokens, which other arguments have one row for each token, how positions are
-passed, and the normalised states that the block's attention reads its keys from.
+passed, and the normalised states that the block's attention reads its keys from. Blocks from elsewhere may say all that
+themselves, see :class:`TokenLayout`.
 """
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -39,7 +41,7 @@ from torch import Tensor, nn
 from wellposed.dito.attention import AttentionInputs, check_projection, joint_attention, parallel_attention
 from wellposed.dito.matching import Reduction, TokenCorrespondence, flat_rows
 
-__all__ = ["BlockAdapter", "HostBlock", "Rows", "find_blocks", "supported_blocks"]
+__all__ = ["BlockAdapter", "DescribedBlock", "HostBlock", "Rows", "TokenLayout", "find_blocks", "supported_blocks"]
 
 Arguments = Mapping[str, Any]
 
@@ -416,6 +418,166 @@ class ZImageBlock(BlockAdapter):
         return joint_attention(attn, given)
 
 
+ORDERS = ("image, text", "text, image")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenLayout:
+    """What a block of image and text streams says of itself, in its class's attribute ``token_layout``: a mapping with
+    these keys. Streams and outputs are in ``TransformerBlockRegistry``.
+
+    Attributes:
+        order: of the joint sequence, "image, text" or "text, image".
+        attention: the block's module with joint attention.
+        condition: the block's argument that its modulations are computed from.
+        rotation: the block's and the attention's argument with (cos, sin) of the joint sequence, each of (rows,
+            head_dim), of pairs of neighbouring channels; or None.
+        text_mask: the block's and the attention's argument that is False on padded text, (batch, text); or None.
+        image_qkv: the attention's projection of image states to query, key and value in one.
+        text_qkv: of text states.
+        attention_input: the block's method (image states, condition) that says what image states attention is given.
+    """
+
+    order: str
+    attention: str
+    condition: str
+    rotation: str | None
+    text_mask: str | None
+    image_qkv: str
+    text_qkv: str
+    attention_input: str
+
+    @classmethod
+    def of(cls, block: type) -> "TokenLayout":
+        """What a class says.
+
+        Raises:
+            ValueError: no mapping, missing or unknown keys, values that are no names, another order.
+        """
+        layout: Any = getattr(block, "token_layout")  # noqa: B009  (of a class of which nothing else is known)
+        if not isinstance(layout, Mapping):
+            raise ValueError(f"{block.__name__}.token_layout is {layout!r}; {_LAYOUT_ADVICE}")
+        keys = [field.name for field in fields(cls)]
+        missing, unknown = [key for key in keys if key not in layout], [key for key in layout if key not in keys]
+        if missing or unknown:
+            raise ValueError(
+                f"{block.__name__}.token_layout lacks {', '.join(missing) or 'nothing'} and has the unknown keys "
+                f"{', '.join(map(str, unknown)) or 'none'}; {_LAYOUT_ADVICE}"
+            )
+        for key in keys:
+            is_absent = layout[key] is None and key in ("rotation", "text_mask")
+            if not (is_absent or isinstance(layout[key], str)):
+                raise ValueError(f"{block.__name__}.token_layout[{key!r}] is {layout[key]!r}; {_LAYOUT_ADVICE}")
+        if layout["order"] not in ORDERS:
+            raise ValueError(
+                f'{block.__name__}.token_layout["order"] is {layout["order"]!r}; expected one of {", ".join(ORDERS)}'
+            )
+        return cls(**layout)
+
+
+_LAYOUT_ADVICE = (
+    f"give a mapping with the keys {', '.join(field.name for field in fields(TokenLayout))}, all of them names, where "
+    '"rotation" and "text_mask" may be None (see "A block of your own" in docs/methods/dito.md)'
+)
+
+
+class DescribedBlock(BlockAdapter):
+    """Any other block of image and text streams with joint attention, by what it says of itself.
+
+    Args:
+        layout: of the block.
+        image: the block's argument with the image stream.
+        processors: the attention's processors.
+    """
+
+    def __init__(self, layout: TokenLayout, image: str, processors: tuple[type, ...]) -> None:
+        self.layout = layout
+        self.image = image
+        self.attentions = (layout.attention,)
+        self.rotation = layout.rotation
+        self.processors = processors
+
+    @classmethod
+    def of(cls, block: nn.Module) -> "DescribedBlock":
+        """Of a block whose class has a ``token_layout``.
+
+        Raises:
+            ValueError: a layout that is none, or that names what the block or its attention does not have.
+        """
+        kind = type(block)
+        layout = TokenLayout.of(kind)
+        try:
+            metadata = _metadata(block)
+        except ValueError as error:
+            raise ValueError(
+                f"{kind.__name__} has a token_layout, but which of its outputs is the image stream is not known; call "
+                "TransformerBlockRegistry.register(...) of diffusers.hooks._helpers for it, where the model is built"
+            ) from error
+        image = metadata.hidden_states_argument_name
+        common = [name for name in ("encoder_hidden_states", layout.rotation, layout.text_mask) if name]
+        inside = [layout.attention, layout.attention_input]
+        _check_named(block, kind.__name__, inside, [image, layout.condition, *common])
+        attn: Any = getattr(block, layout.attention)
+        inside = [layout.image_qkv, layout.text_qkv, *_OF_JOINT_ATTENTION]
+        _check_named(attn, f"{kind.__name__}.{layout.attention}", inside, ["hidden_states", *common])
+        return cls(layout, image, tuple(attn._available_processors))
+
+    @property
+    def is_text_first(self) -> bool:
+        """In the joint sequence."""
+        return self.layout.order == "text, image"
+
+    def rotation_rows(self, image: TokenCorrespondence, table: Any) -> Any:
+        """Of the joint sequence."""
+        if table is None or self.is_text_first:
+            return super().rotation_rows(image, table)
+        cos, sin = table
+        rows = _within(image, 0, len(cos)).keep
+        return _table_rows(cos, rows), _table_rows(sin, rows)
+
+    def attention_inputs(self, block: Any, arguments: Arguments) -> Sequence[Tensor]:
+        """By the block's own method."""
+        states = getattr(block, self.layout.attention_input)
+        return (states(arguments[self.image], arguments[self.layout.condition]),)
+
+    def attend(self, attn: Any, arguments: Arguments, given: AttentionInputs) -> Any:
+        """The text's padding is masked, no image token is."""
+        mask = arguments.get(self.layout.text_mask) if self.layout.text_mask else None
+        if mask is not None:
+            everything = mask.new_ones(mask.shape[0], given.keys.shape[1], dtype=torch.bool)
+            mask = torch.cat([mask.bool(), everything] if self.is_text_first else [everything, mask.bool()], 1)
+        return joint_attention(
+            attn,
+            replace(given, text=arguments["encoder_hidden_states"], mask=mask),
+            text_first=self.is_text_first,
+            fused=(self.layout.image_qkv, self.layout.text_qkv),
+        )
+
+    def check_processor(self, attn: Any, *, keep_kv: bool = False) -> None:
+        """Also for a projection that cannot be computed in parts."""
+        super().check_processor(attn)
+        if keep_kv:
+            check_projection(getattr(attn, self.layout.image_qkv))
+
+
+# What else joint_attention and its caller read.
+_OF_JOINT_ATTENTION = (
+    *("heads", "inner_dim", "norm_q", "norm_k", "norm_added_q", "norm_added_k", "to_out", "to_add_out"),
+    *("processor", "_available_processors"),
+)
+
+
+def _check_named(module: nn.Module, where: str, attributes: Sequence[str], arguments: Sequence[str]) -> None:
+    parameters = inspect.signature(type(module).forward).parameters
+    lacks = [name for name in attributes if not hasattr(module, name)]
+    lacks += [f"argument {name}" for name in arguments if name not in parameters]
+    if lacks:
+        raise ValueError(
+            f'{where} has no {", ".join(lacks)}, which a token_layout promises; see "A block of your own" in '
+            "docs/methods/dito.md"
+        )
+
+
 _ADAPTERS: dict[type[nn.Module], BlockAdapter] = {
     FluxTransformerBlock: FluxDual(),
     FluxSingleTransformerBlock: FluxSingle(),
@@ -463,7 +625,7 @@ class HostBlock:
 
 
 def supported_blocks() -> tuple[str, ...]:
-    """Names of the block classes that tokens can be reduced in."""
+    """Names of the block classes that tokens can be reduced in, without those that describe themselves."""
     return tuple(kind.__name__ for kind in _ADAPTERS)
 
 
@@ -471,16 +633,19 @@ def find_blocks(transformer: nn.Module) -> list[HostBlock]:
     """The blocks of a model, in order.
 
     Raises:
-        ValueError: no block that is supported, or one that is not.
+        ValueError: no block that is supported, or one that is not; one that describes itself wrongly.
     """
     blocks: list[HostBlock] = []
     unknown: set[str] = set()
+    described: dict[type, BlockAdapter] = {}  # one for all blocks of a class, so that they may share a compiled graph
     for list_name, modules in transformer.named_children():
         if not isinstance(modules, nn.ModuleList) or list_name in _REFINERS:
             continue
         for index, entry in enumerate(modules):
             module = getattr(entry, "_orig_mod", entry)  # of a block that torch.compile has wrapped
-            adapter = _ADAPTERS.get(type(module))
+            adapter = _ADAPTERS.get(type(module)) or described.get(type(module))
+            if adapter is None and hasattr(type(module), "token_layout"):
+                adapter = described[type(module)] = DescribedBlock.of(module)
             if adapter is not None:
                 blocks.append(HostBlock(f"{list_name}.{index}", module, adapter))
             elif type(module).__name__.endswith(("Block", "Layer")):
@@ -488,7 +653,8 @@ def find_blocks(transformer: nn.Module) -> list[HostBlock]:
     if not blocks or unknown:
         strange = ", ".join(sorted(unknown)) or "no known transformer block"
         raise ValueError(
-            f"{type(transformer).__name__} has {strange}; token reduction supports {', '.join(supported_blocks())}"
+            f"{type(transformer).__name__} has {strange}; token reduction supports {', '.join(supported_blocks())} "
+            'and blocks with a token_layout ("A block of your own" in docs/methods/dito.md)'
         )
     return blocks
 

@@ -46,21 +46,30 @@ class AttentionInputs:
     key_bias: Float[Tensor, "batch keys"] | None = None
 
 
-def joint_attention(attn: Any, given: AttentionInputs, *, text_first: bool = True) -> Any:
+def joint_attention(
+    attn: Any, given: AttentionInputs, *, text_first: bool = True, fused: tuple[str, str] | None = None
+) -> Any:
     """softmax(q k^T / sqrt(d) + bias) v with image and text in one sequence.
 
     Args:
         attn: an attention module of diffusers with ``to_q``, ``to_k``, ``to_v`` and, for text, ``add_q_proj``, ...
         given: see :class:`AttentionInputs`.
         text_first: the order of the joint sequence.
+        fused: in their place, names of one projection of the image and one of the text to query, key and value.
 
     Returns:
         what the module itself returns: the image rows, and the text rows beside them if there is a text stream.
+
+    Raises:
+        ValueError: see :func:`check_projection`, where ``fused`` and queries and keys differ.
     """
     head_dim = attn.inner_dim // attn.heads
-    query = _heads(attn.to_q(given.queries), head_dim, attn.norm_q)
-    key = _heads(attn.to_k(given.keys), head_dim, attn.norm_k)
-    value = _heads(attn.to_v(given.keys), head_dim, None)
+    if fused is None:
+        query, key, value = attn.to_q(given.queries), attn.to_k(given.keys), attn.to_v(given.keys)
+    else:
+        query, key, value = _fused_projection(getattr(attn, fused[0]), given.queries, given.keys)
+    query, key = _heads(query, head_dim, attn.norm_q), _heads(key, head_dim, attn.norm_k)
+    value = _heads(value, head_dim, None)
     own_table = given.text_rotation is not None
     if own_table:
         query, key = rotate(query, given.query_rotation), rotate(key, given.key_rotation)
@@ -69,9 +78,13 @@ def joint_attention(attn: Any, given: AttentionInputs, *, text_first: bool = Tru
         num_text = given.text.shape[1]
         if key_bias is not None:
             key_bias = functional.pad(key_bias, (num_text, 0) if text_first else (0, num_text))
-        text_query = _heads(attn.add_q_proj(given.text), head_dim, attn.norm_added_q)
-        text_key = _heads(attn.add_k_proj(given.text), head_dim, attn.norm_added_k)
-        text_value = _heads(attn.add_v_proj(given.text), head_dim, None)
+        if fused is None:
+            projected = attn.add_q_proj(given.text), attn.add_k_proj(given.text), attn.add_v_proj(given.text)
+        else:
+            projected = getattr(attn, fused[1])(given.text).chunk(3, -1)
+        text_query = _heads(projected[0], head_dim, attn.norm_added_q)
+        text_key = _heads(projected[1], head_dim, attn.norm_added_k)
+        text_value = _heads(projected[2], head_dim, None)
         if own_table:
             text_query, text_key = rotate(text_query, given.text_rotation), rotate(text_key, given.text_rotation)
         query = _in_order(text_query, query, text_first)
@@ -132,7 +145,7 @@ def check_projection(projection: Any) -> None:
     else:
         return
     raise ValueError(
-        f"this block's queries, keys and MLP are {reason}; use keep_kv=False, or fuse adapters into the weights and "
+        f"this block's queries and keys are {reason}; use keep_kv=False, or fuse adapters into the weights and "
         "leave casting and offloading by layers away"
     )
 
@@ -153,6 +166,17 @@ def rotate(x: Float[Tensor, "batch rows heads dim"], table: Rotation | None) -> 
 def _heads(x: Tensor, head_dim: int, norm: nn.Module | None) -> Tensor:
     x = x.unflatten(-1, (-1, head_dim))
     return x if norm is None else norm(x)
+
+
+def _fused_projection(projection: Any, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    if keys is queries:
+        return projection(queries).chunk(3, -1)
+    check_projection(projection)
+    ends = (projection.out_features // 3,)
+    weight = projection.weight.tensor_split(ends)
+    bias = (None, None) if projection.bias is None else projection.bias.tensor_split(ends)
+    key, value = functional.linear(keys, weight[1], bias[1]).chunk(2, -1)
+    return functional.linear(queries, weight[0], bias[0]), key, value
 
 
 def _in_order(text: Tensor, image: Tensor, text_first: bool) -> Tensor:

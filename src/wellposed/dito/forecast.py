@@ -19,6 +19,7 @@ from torch import nn
 
 from wellposed.dito.adapters import (
     BlockAdapter,
+    DescribedBlock,
     Flux2Dual,
     Flux2Single,
     FluxDual,
@@ -393,7 +394,7 @@ def forecast(
         else:
             modules = {f"{host.name}.{name}": flops for name, flops in counted.attentions.items()}
             outside += counted.rest.total(num_tokens, num_tokens, others)
-        channels = int(getattr(host.attentions()[0][1], "query_dim"))  # noqa: B009
+        channels = _channels(host)
         length = num_tokens + (others if _has_text_inside(host.adapter, config.scope) else 0)
         for name, flops in modules.items():
             # Rows that a matrix product works on beside the image's: none where the text is only attended to.
@@ -561,6 +562,14 @@ _IMAGE_LAYERS = {"x_embedder", "img_in", "pos_embed", "proj_out", "proj_out_2", 
 _PROMPT_LAYERS = {"context_embedder", "txt_in", "caption_projection", "cap_embedder"}
 
 
+def _channels(host: HostBlock) -> int:
+    """Of the image stream."""
+    attention: Any = host.attentions()[0][1]
+    if isinstance(host.adapter, DescribedBlock):
+        return int(getattr(attention, host.adapter.layout.image_qkv).in_features)
+    return int(attention.query_dim)
+
+
 def _of_block_layer(path: Sequence[str], layer: nn.Linear, host: HostBlock) -> Flops:
     """Adapters and quantised layers lie below the layer that they belong to, so that any part of the path counts."""
     names = set(path)
@@ -571,6 +580,11 @@ def _of_block_layer(path: Sequence[str], layer: nn.Linear, host: HostBlock) -> F
         inner = int(getattr(host.attentions()[0][1], "inner_dim"))  # noqa: B009
         key = each * 2 * inner // layer.out_features
         return Flops(query=each - key, key=key, text=each)
+    if isinstance(host.adapter, DescribedBlock):
+        if host.adapter.layout.image_qkv in names:
+            return Flops(query=each // 3, key=each - each // 3)
+        if host.adapter.layout.text_qkv in names:
+            return Flops(text=each)
     if names & _DUPLICATE_LAYERS:
         return Flops()
     if names & _QUERY_LAYERS:
@@ -617,13 +631,18 @@ def _grid(
     transformer: nn.Module, adapter: BlockAdapter, height: int, width: int, vae_scale_factor: int
 ) -> tuple[int, int]:
     """Rows and columns of image tokens."""
-    settings: Any = getattr(transformer, "config")  # noqa: B009
+    settings: Any = getattr(transformer, "config", None)
     if isinstance(adapter, FluxDual | FluxSingle | Flux2Dual | Flux2Single | QwenBlock):
         patch = 2  # the pipelines pack latents before the model sees them, whatever its patch_size says
     elif isinstance(adapter, ZImageBlock):
         patch = int(settings.all_patch_size[0])
     else:
-        patch = int(settings.patch_size)
+        patch = getattr(settings, "patch_size", None)
+        if not isinstance(patch, int):
+            raise ValueError(
+                f"config.patch_size of {type(transformer).__name__} is {patch!r}, so that a picture's tokens cannot be "
+                "counted; expected a number, latents to a side of a token"
+            )
     side = vae_scale_factor * patch
     if min(height, width) < side:
         raise ValueError(f"{height} x {width} px; a token is {side} px wide, so both sides take at least that")

@@ -37,7 +37,7 @@ def token_grid(arguments: Mapping[str, Any], patch_size: int | None) -> TokenGri
     """Of the arguments of a model's forward, by name.
 
     ``img_ids`` (FLUX, FLUX.2): frame, row, column; tokens of the first frame are the picture, others references.
-    ``img_shapes`` (Qwen-Image): (frames, rows, columns) of the picture, then of its references.
+    ``img_shapes`` (Qwen-Image, Lens): (frames, rows, columns) of the picture, then of its references.
     ``x`` (Z-Image): latents as a list with one entry a picture.
     ``hidden_states`` with four axes (SD3, PixArt, DiT): latents.
 
@@ -61,7 +61,7 @@ def token_grid(arguments: Mapping[str, Any], patch_size: int | None) -> TokenGri
     raise ValueError(
         "the arrangement of the image tokens cannot be read off this call: it has neither img_ids nor img_shapes nor "
         "latents of (batch, channels, height, width); token reduction takes FLUX, FLUX.2, SD3, PixArt, DiT, Qwen-Image "
-        "and Z-Image transformers"
+        "and Z-Image transformers, and others whose calls say it in one of these forms"
     )
 
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from wellposed.dito.adapters import BlockAdapter
+from wellposed.dito.adapters import BlockAdapter, DescribedBlock
 from wellposed.dito.attention import AttentionInputs
 
-__all__ = ["ParallelProcessor", "SubstituteProcessor", "processor_of", "substitute"]
+__all__ = ["NamedProcessor", "ParallelProcessor", "SubstituteProcessor", "processor_of", "substitute"]
 
 
 class SubstituteProcessor:
@@ -83,6 +83,14 @@ class ParallelProcessor(SubstituteProcessor):
         return self._run(attn, hidden_states, {name: value for name, value in named.items() if value is not None})
 
 
+class NamedProcessor(SubstituteProcessor):
+    """For blocks that describe themselves, whose attention may have any arguments, and passes them by name."""
+
+    def __call__(self, attn: Any, hidden_states: Tensor, **arguments: Any) -> Any:  # type: ignore[override]
+        """As ``inner``, or attention of what is given."""
+        return self._run(attn, hidden_states, arguments)
+
+
 def processor_of(attn: Any) -> Any:
     """The module's own processor."""
     processor = attn.processor
@@ -94,5 +102,7 @@ def substitute(attn: Any, adapter: BlockAdapter) -> SubstituteProcessor:
     if isinstance(attn.processor, SubstituteProcessor):
         return attn.processor
     kind = ParallelProcessor if adapter.is_parallel else SubstituteProcessor
+    if isinstance(adapter, DescribedBlock):
+        kind = NamedProcessor
     attn.processor = kind(adapter, attn.processor)
     return attn.processor
