@@ -27,6 +27,7 @@ SAVED_CLASSES: dict[str, str] = {
     "LanczosFlowMatchScheduler": "wellposed.lgs.scheduler",
     "LeaveOneOutDDIMScheduler": "wellposed.udm.scheduler",
     "LensFlowMatchScheduler": "wellposed.lens.scheduler",
+    "LensPipeline": "wellposed.lens.pipeline",
     "LensTransformer2DModel": "wellposed.lens.transformer",
     "ShiftedFlowScheduler": "wellposed.decq.scheduler",
     "UniformDiffusionPipeline": "wellposed.udm.pipeline",

@@ -7,6 +7,9 @@ import pytest
 import torch
 from diffusers import AutoencoderKLFlux2
 
+from tests.lens.tiny_gpt_oss import tiny_gpt_oss, tiny_tokenizer
+from wellposed.lens.pipeline import LensPipeline
+from wellposed.lens.scheduler import LensFlowMatchScheduler
 from wellposed.lens.transformer import LensTransformer2DModel
 
 TINY: dict[str, Any] = {
@@ -74,3 +77,22 @@ def tiny_vae() -> AutoencoderKLFlux2:
     vae.bn.running_mean.copy_(torch.randn(16, generator=generator))
     vae.bn.running_var.copy_(torch.rand(16, generator=generator) + 0.1)
     return vae
+
+
+@pytest.fixture
+def pipes(build_lens: Callable[..., LensTransformer2DModel], tiny_vae: AutoencoderKLFlux2) -> Callable[..., Any]:
+    """Pipelines of tiny real parts, all of them; ``scheduler`` are its fields, the rest is the pipeline's."""
+
+    def pipeline(*, scheduler: dict[str, Any] | None = None, **fields: Any) -> LensPipeline:
+        parts = {
+            "scheduler": LensFlowMatchScheduler(**(scheduler or {})),
+            "vae": tiny_vae,
+            "text_encoder": tiny_gpt_oss(),
+            "tokenizer": tiny_tokenizer(),
+            "transformer": build_lens(),
+        }
+        pipe = LensPipeline(**{**parts, **fields})
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return pipeline

@@ -17,7 +17,6 @@ from diffusers import (
     DDPMScheduler,
     DiffusionGemmaPipeline,
     DiffusionPipeline,
-    Flux2Pipeline,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     UNet2DModel,
@@ -28,7 +27,6 @@ from transformers import PreTrainedTokenizerFast
 import wellposed
 from wellposed.data.tokenizers import byte_tokenizer
 from wellposed.hooks import full_covariance
-from wellposed.lens.latents import decode_tokens
 from wellposed.models import (
     AutoencoderDecQ,
     DecQTransformer2DModel,
@@ -36,7 +34,7 @@ from wellposed.models import (
     LensTransformer2DModel,
     UniformDiffusionTransformerModel,
 )
-from wellposed.pipelines import DecQPipeline, LanczosDDPMPipeline, UniformDiffusionPipeline
+from wellposed.pipelines import DecQPipeline, LanczosDDPMPipeline, LensPipeline, UniformDiffusionPipeline
 from wellposed.saving import write_remote_code
 from wellposed.schedulers import (
     LanczosDDPMScheduler,
@@ -151,7 +149,7 @@ def sample_own_latents(pipe: Any, generator: torch.Generator) -> Tensor:
     return pipe([0, 1], num_inference_steps=3, generator=generator, output_type="pt").images
 
 
-def stock_flux2_with_lens() -> DiffusionPipeline:
+def own_lens() -> DiffusionPipeline:
     transformer = LensTransformer2DModel(
         in_channels=16,
         out_channels=4,
@@ -165,19 +163,14 @@ def stock_flux2_with_lens() -> DiffusionPipeline:
     for linear in (transformer.norm_out.linear, transformer.proj_out):  # otherwise zero
         torch.nn.init.normal_(linear.weight, generator=torch.Generator().manual_seed(0))
     vae = AutoencoderKLFlux2(block_out_channels=(4,) * 4, layers_per_block=1, latent_channels=4, norm_num_groups=2)
-    scheduler = LensFlowMatchScheduler()
-    return Flux2Pipeline(scheduler, vae.eval(), text_encoder=None, tokenizer=None, transformer=transformer.eval())
+    # With a text encoder: tests/lens/test_pipeline.py.
+    return LensPipeline(LensFlowMatchScheduler(), vae.eval(), None, None, transformer.eval(), release="turbo")
 
 
 def sample_lens(pipe: Any, generator: torch.Generator) -> Tensor:
-    pipe.scheduler.set_timesteps(3, num_tokens=6)
-    tokens = torch.randn(1, 6, 16, generator=generator)
-    features = list(torch.randn(2, 1, 3, 8, generator=generator))
-    with torch.no_grad():
-        for t in pipe.scheduler.timesteps:
-            velocity = pipe.transformer(tokens, features, timestep=t[None] / 1000, img_shapes=[(1, 2, 3)]).sample
-            tokens = pipe.scheduler.step(velocity, t, tokens).prev_sample
-        return decode_tokens(pipe.vae, tokens, 2, 3)
+    features = torch.randn(1, 2, 3, 8, generator=generator)
+    call = {"prompt_embeds": features, "height": 32, "width": 48, "generator": generator, "output_type": "pt"}
+    return pipe(**call).images
 
 
 def stock_gemma() -> DiffusionPipeline:
@@ -237,14 +230,8 @@ HOMES = {
         build=stock_sd3, sample=sample_stock_sd3, loader="diffusers", absent=dict.fromkeys(TEXT_PARTS)
     ),
     **dict.fromkeys(
-        ("LensFlowMatchScheduler", "LensTransformer2DModel"),
-        Home(
-            build=stock_flux2_with_lens,
-            sample=sample_lens,
-            loader="diffusers",
-            absent=dict.fromkeys(("text_encoder", "tokenizer")),
-            change=("mu_rule", "smooth"),
-        ),
+        ("LensFlowMatchScheduler", "LensPipeline", "LensTransformer2DModel"),
+        Home(build=own_lens, sample=sample_lens, loader="wellposed.pipelines", change=("mu_rule", "smooth")),
     ),
     "LeaveOneOutDDIMScheduler": Home(
         build=stock_gemma,
