@@ -89,6 +89,7 @@ def test_images_of_a_class_stand_together(pipes: Pipes) -> None:
     assert torch.equal(repeated, expected)
     assert torch.equal(pipe.vae.pack(*named), expected)
     assert torch.equal(latents(pipe, 3, generator=seeds(0)), latents(pipe, 3))
+    assert torch.equal(latents(pipe, *torch.tensor([3, 0])), latents(pipe, 3, 0))
     single = pipe("boat", num_inference_steps=4, generator=seeds(0), output_type="latent", return_dict=False)
     assert torch.equal(pipe.vae.pack(*single), latents(pipe, 3))
 
@@ -364,6 +365,7 @@ def test_offloaded_from_a_gpu(pipes: Pipes, sizes: dict[str, Any], how: str) -> 
     [
         ({"class_labels": 5}, "none of 0 to 4"),
         ({"class_labels": -1}, "none of 0 to 4"),
+        ({"class_labels": torch.tensor([0.5])}, "none of 0 to 4"),
         ({"class_labels": "cat"}, "no class 'cat'.*lamp"),
         ({"class_labels": []}, "at least one"),
         ({"num_images_per_class": 0}, "at least 1"),

@@ -1,5 +1,7 @@
 """The time shift, the published grid, and steps along a straight path."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -74,3 +76,36 @@ def test_bad_settings(fields: dict[str, object], message: str) -> None:
 def test_no_step_to_take() -> None:
     with pytest.raises(ValueError, match="at least 2"):
         ShiftedFlowScheduler().set_timesteps(1)
+
+
+def test_noise_is_mixed_in_along_a_straight_line() -> None:
+    generator = torch.Generator().manual_seed(0)
+    z, noise = torch.randn(2, 3, 4, 5, generator=generator, dtype=torch.float64)
+    mixed = ShiftedFlowScheduler().add_noise(z, noise, torch.tensor([0.0, 0.25, 1.0]))
+    for image, t in enumerate((0.0, 0.25, 1.0)):
+        torch.testing.assert_close(mixed[image], (1 - t) * z[image] + t * noise[image])
+
+
+@pytest.mark.parametrize("steps", [2, 50])
+def test_the_published_grid_is_shifted_after_it_is_laid(steps: int) -> None:
+    scheduler = ShiftedFlowScheduler(shift=6.9282)
+    scheduler.set_timesteps(steps)
+    even = [1 - 0.999 * i / (steps - 1) for i in range(steps)]
+    expected = torch.tensor([6.9282 * t / (1 + 5.9282 * t) for t in even], dtype=torch.float64)
+    torch.testing.assert_close(scheduler.times, expected)
+    assert scheduler.timesteps.dtype == torch.float32
+
+
+def test_a_new_grid_forgets_half_a_step() -> None:
+    scheduler = ShiftedFlowScheduler(solver="heun")
+    for _ in range(2):
+        scheduler.set_timesteps(3)
+        x = scheduler.step(torch.ones(2), scheduler.timesteps[0], torch.zeros(2), return_dict=False)[0]
+        assert torch.equal(x, torch.full((2,), float(scheduler.times[1]) - 1))
+
+
+def test_saved_and_loaded(tmp_path: Path) -> None:
+    ShiftedFlowScheduler(shift=2.5, solver="heun", grid="steps").save_pretrained(tmp_path)
+    again = ShiftedFlowScheduler.from_pretrained(tmp_path)
+    assert [again.config[name] for name in ("shift", "solver", "grid")] == [2.5, "heun", "steps"]
+    assert again.order == 2 and len(again) == 1000

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from operator import index
+from typing import Any, ClassVar, SupportsIndex, cast
 
 import torch
 from diffusers import AutoencoderRAE, DiffusionPipeline
@@ -90,7 +91,7 @@ class DecQPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: int | str | Sequence[int | str] = 0,
+        class_labels: SupportsIndex | str | Sequence[SupportsIndex | str] | Tensor = 0,
         num_images_per_class: int = 1,
         num_inference_steps: int = 50,
         guidance_scale: float | int = 1.0,
@@ -147,14 +148,14 @@ class DecQPipeline(DiffusionPipeline):
         self._guidance_scale, self._interrupt = guidance_scale, False
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         self._num_timesteps = len(self.scheduler.timesteps)
-        for index, t in enumerate(cast(Any, self).progress_bar(self.scheduler.timesteps)):
+        for evaluation, t in enumerate(cast(Any, self).progress_bar(self.scheduler.timesteps)):
             if self.interrupt:
                 continue
             guided = guidance_scale != 1 and low <= float(t) <= high
             velocity = self._velocity(x, t, labels, guidance_scale if guided else 1.0)
             x = self.scheduler.step(velocity, t, x, return_dict=False)[0]
-            step, evaluated_last = divmod(index, self.scheduler.order)
-            if callback_on_step_end is not None and evaluated_last == self.scheduler.order - 1:
+            step, of_step = divmod(evaluation, self.scheduler.order)
+            if callback_on_step_end is not None and of_step == self.scheduler.order - 1:
                 x = self._called_back(callback_on_step_end, step, t, x, callback_on_step_end_tensor_inputs)
 
         latent, queries = self.vae.unpack(x)
@@ -233,7 +234,10 @@ class DecQPipeline(DiffusionPipeline):
         for label in asked:
             if isinstance(label, str) and label not in names:
                 raise ValueError(f"there is no class {label!r}; give a number below {known} or one of {list(names)}")
-            number = names[label] if isinstance(label, str) else int(label)
+            try:
+                number = names[label] if isinstance(label, str) else index(label)
+            except TypeError:
+                number = -1
             if not 0 <= number < known:
                 raise ValueError(f"class {label} is none of 0 to {known - 1}")
             numbers += [number] * num_images
