@@ -8,7 +8,7 @@ One frozen encoder, one decoder, one budget for all; only queries, taps and summ
       DecQ's generator decoded by the plain RAE ("queries discarded");
 (iii) what the encoder knows (linear probe), what taps do, and what neighbours by queries and by patches share.
 
-    python benchmarks/decq_quality.py                                     # photographs of ordinary packages
+    python benchmarks/decq_quality.py                                    # digits in random colours
     python benchmarks/decq_quality.py --data DATA                        # CIFAR-10 as JPEGs, classifier's features
     python benchmarks/decq_quality.py --part generation --seeds 0         # trains what is missing of these only
 """
@@ -64,7 +64,7 @@ published (arXiv 2605.22777, ImageNet 256, DINOv2-B; not measured here):
   gFID, DiT^DH-XL, 80 epochs: RAE 2.16, queries discarded 1.99, all 1.80; RAE's 1.51 of 800 epochs at 240: 3.3x"""
 
 
-def photographs(chosen: argparse.Namespace) -> LatentRecipe:
+def coloured_digits(chosen: argparse.Namespace) -> LatentRecipe:
     """``decq_tiny`` with the L1 distance alone: what is compared is pixels."""
     recipe = decq_tiny()
     return replace(recipe, reconstruction=replace(recipe.reconstruction, perceptual=None, discriminator=None))
@@ -74,7 +74,7 @@ def cifar(chosen: argparse.Namespace) -> LatentRecipe:
     """The same networks on CIFAR-10, compressed as JPEG: 10 classes, features of a public classifier."""
     path = chosen.data / "cifar10" / "cifar10_jpegq75_full.npz"
     sets = {part: _jpegs(path, part) for part in ("train", "test")}
-    recipe = photographs(chosen)
+    recipe = coloured_digits(chosen)
     return replace(
         recipe,
         name="decq_cifar10_jpeg",
@@ -110,7 +110,7 @@ def _first(images: ImageDataset, count: int) -> ImageDataset:
 
 def _cifar_encoder(images: ImageDataset, steps: int) -> Callable[..., nn.Module]:
     def get(folder: Path, data: Path, seed: int, device: str) -> nn.Module:
-        return tiny_encoder(folder, replace(images, flip=True), steps=steps, seed=seed, device=device)
+        return tiny_encoder(folder, replace(images, flip=True), steps=steps, seed=seed, device=device, task="classes")
 
     return get
 
@@ -318,9 +318,9 @@ def main() -> None:
     parser.add_argument("--sampling-steps", type=int, default=12)
     parser.add_argument("--no-result", action="store_true", help="only train what is missing")
     chosen = parser.parse_args()
-    set_name = "photographs" if chosen.data is None else "cifar10-jpeg"
+    set_name = "coloured-digits" if chosen.data is None else "cifar10-jpeg"
     chosen.out = chosen.out or Path("runs") / f"decq_quality_{set_name}"
-    recipe = photographs(chosen) if chosen.data is None else cifar(chosen)
+    recipe = coloured_digits(chosen) if chosen.data is None else cifar(chosen)
     print(PUBLISHED)
     found = [arm for arm in arms(recipe, TINY_TAPS) if chosen.arms is None or arm.name in chosen.arms]
     encoder = encoder_stage(recipe, chosen.out / "encoder", StageOptions(seed=0))

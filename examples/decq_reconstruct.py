@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from wellposed.data.bundled import photographs
+from wellposed.data.bundled import coloured_digits
 from wellposed.data.images import Framing, read_picture
 from wellposed.data.pictures import save_image_grid
 from wellposed.evaluation.frequency import band_errors
@@ -67,9 +67,9 @@ def small_autoencoder(folder: Path, steps: int) -> AutoencoderDecQ:
 
 
 def pictures(path: Path | None, side: int) -> Tensor:
-    """The picture, or a row of patches that no network here has seen; (n, 3, side, side) in [0, 1]."""
+    """The picture, or digits by hands that no network here has seen; (n, 3, side, side) in [0, 1]."""
     if path is None:
-        batch = photographs(side, 64, split="test", shrink=2, seed=1).batch(range(0, 64, 8))
+        batch = coloured_digits(side, split="test", seed=1).batch(range(8))
         return (batch.images + 1) / 2
     return torch.from_numpy(Framing(size=side).apply(read_picture(path))).float()[None] / 255
 

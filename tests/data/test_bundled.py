@@ -80,6 +80,24 @@ def test_every_position_can_come_up():
     assert counts[counts > 0].min() > 850
 
 
+def test_coloured_digits_have_the_shapes_of_digits_and_colours_of_their_own() -> None:
+    grey, coloured = bundled.digits(16, split="test"), bundled.coloured_digits(16, split="test", copies=2, seed=3)
+    assert len(coloured) == 2 * len(grey)
+    assert torch.equal(coloured.labels[: len(grey)], grey.labels)
+    ink = (grey.batch(range(20)).images + 1) / 2
+    images = (coloured.batch(range(20)).images + 1) / 2
+    others = (coloured.batch(range(len(grey), len(grey) + 20)).images + 1) / 2
+    assert (images - others).abs().mean() > 0.2
+    # Where there is no ink the ground is a ramp: its second differences vanish, but for rounding and where it ends.
+    empty = (ink[..., :-2] == 0) & (ink[..., 1:-1] == 0) & (ink[..., 2:] == 0)
+    bend = images[..., :-2] - 2 * images[..., 1:-1] + images[..., 2:]
+    assert bend.abs()[empty.expand_as(bend)].max() < 1 / 15 + 2 / 255
+    assert bend.abs()[empty.expand_as(bend)].median() < 1.5 / 255
+    assert coloured.fingerprint() == bundled.coloured_digits(16, split="test", copies=2, seed=3).fingerprint()
+    with pytest.raises(ValueError, match="copies"):
+        bundled.coloured_digits(copies=0)
+
+
 def test_bad_input():
     with pytest.raises(ValueError, match="8 x 8"):
         digits(7)

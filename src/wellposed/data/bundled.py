@@ -16,7 +16,7 @@ from torch.nn.functional import interpolate
 
 from wellposed.data.images import ImageDataset, StoredPixels
 
-__all__ = ["digits", "photographs"]
+__all__ = ["coloured_digits", "digits", "photographs"]
 
 NUM_TEST_DIGITS = 360
 
@@ -57,6 +57,45 @@ def digits(size: int = 8, *, split: Literal["all", "train", "test"] = "all") -> 
         source=StoredPixels(pixels=pixels[part]),
         labels=labels[part],
         class_names=tuple(str(d) for d in range(10)),
+    )
+
+
+def coloured_digits(
+    size: int = 32, *, split: Literal["all", "train", "test"] = "all", copies: int = 1, seed: int = 0
+) -> ImageDataset:
+    """Handwritten digits in one colour on a ramp of two others, drawn at random: shape says the class, colour nothing.
+
+    What a network that was trained to tell the classes forgets of them is known: three colours and a direction.
+
+    Args:
+        size: side of the images, see :func:`digits`.
+        split: which part; the two share no handwriting.
+        copies: of each digit, in other colours.
+        seed: of the colours.
+
+    Raises:
+        ImportError: scikit-learn is missing.
+        ValueError: copies below 1; see :func:`digits`.
+    """
+    if copies < 1:
+        raise ValueError(f"copies is {copies}; give at least 1")
+    grey = digits(size, split=split)
+    assert grey.labels is not None
+    ink = (grey.batch(range(len(grey))).images + 1) / 2
+    generator = torch.Generator().manual_seed(seed)
+    across = torch.linspace(-0.5, 0.5, size)
+    drawn: list[Tensor] = []
+    for _ in range(copies):
+        digit, near, far = torch.rand(3, len(grey), 3, 1, 1, generator=generator)
+        angle = 2 * torch.pi * torch.rand(len(grey), 1, 1, generator=generator)
+        ramp = (0.5 + angle.cos() * across + angle.sin() * across[:, None]).clamp(0, 1)[:, None]
+        ground = near + (far - near) * ramp
+        drawn.append(((ground + (digit - ground) * ink) * 255).round().to(torch.uint8))
+    return ImageDataset(
+        name=f"coloured digits {size}x{size} ({split}, {copies} times)",
+        source=StoredPixels(pixels=torch.cat(drawn)),
+        labels=grey.labels.repeat(copies),
+        class_names=grey.class_names,
     )
 
 

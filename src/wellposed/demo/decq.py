@@ -38,8 +38,8 @@ __all__ = [
     "picture_name",
 ]
 
-RAE, DECQ, DEEP = "RAE", "K = 8, spread", "K = 8, deep"
-STYLES = {RAE: "rae", DECQ: "decq", DEEP: "decq_deep"}
+RAE, DECQ = "RAE", "K = 8, spread"
+STYLES = {RAE: "rae", DECQ: "decq"}
 BLOCK_SIZES = (32, 8, 1)
 SHOWN, LOOKED_AT = 12, 2
 
@@ -65,12 +65,11 @@ def _briefer(training: TrainingSettings, steps: int) -> TrainingSettings:
 
 
 def detail_arms(settings: DemoSettings) -> list[Arm]:
-    """The plain autoencoder, and eight queries at spread and at deep taps."""
+    """The plain autoencoder, and one with eight queries at spread taps."""
     recipe = _recipe(settings)
     return [
         Arm(name=RAE, recipe=recipe.with_queries(0)),
         Arm(name=DECQ, recipe=recipe.with_queries(8, TINY_TAPS["spread"])),
-        Arm(name=DEEP, recipe=recipe.with_queries(8, TINY_TAPS["deep"])),
     ]
 
 
@@ -125,7 +124,7 @@ def detail_generation_study(
     """Generators on the latents of both, followed by their Frechet distance."""
 
     def compute(folder: Path) -> dict[str, Any]:
-        arms = detail_arms(settings)[:2]
+        arms = detail_arms(settings)
         recipe = arms[0].recipe
         real = real_images(
             recipe.evaluation, recipe.training_images, folder=recipe.folder, run=folder, device=torch.device("cpu")

@@ -47,7 +47,7 @@ def decq_sections(
 def _reconstruction(detail: Mapping[str, Any], folder: Path, settings: DemoSettings) -> Section:
     words = (
         "A representation autoencoder decodes the last layer of a frozen encoder. What the encoder was trained to "
-        "ignore is then lost: this one learned to tell five photographs apart while every colour was drawn at random. "
+        "ignore is then lost: this one learned where the edges of digits are, and to say the same of an image in any colours. "
         "Eight learned *queries* read its patch tokens at four depths from the side; the encoder and its patches stay "
         "what they are, to the last bit ([arXiv 2605.22777](https://arxiv.org/abs/2605.22777))."
     )
@@ -55,7 +55,7 @@ def _reconstruction(detail: Mapping[str, Any], folder: Path, settings: DemoSetti
     grid = Grid(
         cells=tuple((read_png(folder / "detail" / picture_name(name)),) for name in rows),
         row_labels=tuple(name if name == "originals" else _label(name) for name in rows),
-        column_labels=("patches of photographs that no network here has seen",),
+        column_labels=("digits by hands that no network here has seen",),
         caption=f"The first test images. Same decoder, same {settings.detail_steps} steps, same noise; one seed.",
     )
     table = Table(
@@ -176,12 +176,12 @@ def _generation(generation: Mapping[str, Any], folder: Path, settings: DemoSetti
         cells=tuple((read_png(folder / "detail_generation" / picture_name(name)),) for name in curves),
         row_labels=tuple(_label(name) for name in curves),
         column_labels=("samples, none picked",),
-        caption="The pictures' five classes in turn, from the same noise of the patches.",
+        caption="The ten digits in turn, from the same noise of the patches.",
     )
     words = (
         "A generator on these latents makes patches and queries together, at one shared noise level. The published "
-        "claim is that it converges 3.3 times as fast; a minute of training on patches of five photographs can show "
-        "the mechanism, not that number."
+        "claim is that it converges 3.3 times as fast; a minute of training on digits can show the mechanism, not that "
+        "number."
     )
     return Section(
         id="generating",

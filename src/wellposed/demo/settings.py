@@ -71,8 +71,8 @@ class DemoSettings:
     reduction_penalties: tuple[float, ...] = (0.0, 0.02, 0.05, 0.1, 0.3)
     penalised_ratios: tuple[float, ...] = (0.25, 0.5, 0.75)
     detail_encoder_steps: int = 200
-    detail_steps: int = 200
-    detail_generation_steps: int = 240
+    detail_steps: int = 250
+    detail_generation_steps: int = 200
     detail_measurements: int = 4
     detail_samples: int = 150
     detail_sampling_steps: int = 12

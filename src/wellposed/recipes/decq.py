@@ -8,7 +8,7 @@ and those below.
 import copy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from wellposed.recipes.ddpm_recipe import FeatureEvaluation, FIDEvaluation
 from wellposed.recipes.latent_recipe import (
@@ -54,7 +54,7 @@ TINY_TAPS = {
 """The same in the small encoder's eight."""
 
 TINY_SIZE, TINY_PATCH, TINY_WIDTH, TINY_LAYERS = 32, 4, 64, 8
-NUM_PATCHES, NUM_TEST_PATCHES = 8_000, 500
+DIGIT_COPIES = 4
 
 # ImageNet's training images, and whole batches in a pass over them.
 IMAGENET = 1_281_167
@@ -64,13 +64,13 @@ GENERATION_EPOCH = IMAGENET // GENERATION_BATCH
 
 
 def decq_tiny() -> LatentRecipe:
-    """Patches of photographs: every part of both stages in minutes on a CPU, with nothing to download."""
+    """Digits in random colours: every part of both stages in minutes on a CPU, with nothing to download."""
     optimizer: dict[str, Any] = {"betas": (0.9, 0.95), "clip_norm": 1.0, "log_every": 20}
     return LatentRecipe(
         name="decq_tiny",
         summary=(
-            "32x32 patches of five photographs; a small encoder, an autoencoder with 8 queries and a generator, all "
-            "trained from scratch; minutes on a CPU"
+            "32x32 digits in random colours; a small encoder that learns shapes without colour, an autoencoder with 8 "
+            "queries and a generator, all trained from scratch; minutes on a CPU"
         ),
         paper=PAPER,
         expected="ours: to be measured",
@@ -214,9 +214,7 @@ def with_joint_loss(recipe: LatentRecipe) -> LatentRecipe:
 
 def finetuned(recipe: LatentRecipe) -> LatentRecipe:
     """The ablation whose encoder is trained with the decoder, without queries (published gFID 57.81, PSNR 33.83)."""
-    return replace(
-        recipe.with_queries(0), reconstruction=replace(recipe.reconstruction, encoder="finetune", perceptual=None)
-    )
+    return replace(recipe.with_queries(0), reconstruction=replace(recipe.reconstruction, encoder="finetune"))
 
 
 def distilled(recipe: LatentRecipe) -> LatentRecipe:
@@ -241,8 +239,10 @@ def on_siglip2(recipe: LatentRecipe) -> LatentRecipe:
 # --- in small
 
 
-def tiny_encoder(folder: Path, images: Any, *, steps: int, seed: int, device: str) -> Any:
-    """The small encoder, trained on the classes of ``images``, or taken from the folder."""
+def tiny_encoder(
+    folder: Path, images: Any, *, steps: int, seed: int, device: str, task: Literal["classes", "shapes"] = "shapes"
+) -> Any:
+    """The small encoder, trained on ``images``, or taken from the folder."""
     from wellposed.recipes.small_encoder import EncoderShape, small_encoder
 
     shape = EncoderShape(
@@ -254,7 +254,7 @@ def tiny_encoder(folder: Path, images: Any, *, steps: int, seed: int, device: st
     )
     training = TrainingSettings(
         max_steps=steps,
-        batch_size=64,
+        batch_size=64 if task == "classes" else 32,  # of which each comes in two colourings
         learning_rate=1e-3,
         warmup_steps=50,
         final_learning_rate=1e-5,
@@ -263,7 +263,7 @@ def tiny_encoder(folder: Path, images: Any, *, steps: int, seed: int, device: st
         checkpoint_every=steps,
         log_every=50,
     )
-    return small_encoder(folder, images, shape, training, seed=seed, device=device)
+    return small_encoder(folder, images, shape, training, task=task, seed=seed, device=device)
 
 
 def _tiny_encoder(folder: Path, data: Path, seed: int, device: str) -> Any:
@@ -304,28 +304,30 @@ def _tiny_generator(autoencoder: Any, num_classes: int) -> Any:
 
 
 def _tiny_images(folder: Path) -> Any:
-    from wellposed.data.bundled import photographs
+    from wellposed.data.bundled import coloured_digits
 
-    return photographs(TINY_SIZE, NUM_PATCHES, shrink=2, flip=True, labelled=True)
+    return coloured_digits(TINY_SIZE, split="train", copies=DIGIT_COPIES)
 
 
 def _tiny_test_images(folder: Path) -> Any:
-    from wellposed.data.bundled import photographs
+    from wellposed.data.bundled import coloured_digits
 
-    return photographs(TINY_SIZE, NUM_TEST_PATCHES, split="test", shrink=2)
+    return coloured_digits(TINY_SIZE, split="test", seed=1)
 
 
 def _encoder_distance(device: str, folder: Path, encoder: Any) -> Any:
-    """A perceptual distance where no published one is at hand: the encoder's own tokens."""
+    """A perceptual distance where no published one is at hand: tokens of the encoder, as it is before stage one."""
     import torch
 
-    from wellposed.decq.encoders import ENCODERS, encode_tokens
+    from wellposed.decq.encoders import ENCODERS, IMAGENET_MEAN, IMAGENET_STD, encode_tokens
     from wellposed.decq.perceptual import FeatureDistance
-    from wellposed.recipes.small_encoder import IMAGENET_MEAN, IMAGENET_STD
+    from wellposed.recipes.device import resolved_device
+
+    frozen = copy.deepcopy(encoder).to(resolved_device(device))
 
     def tokens(images: Any) -> Any:
         mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
-        return encode_tokens(encoder, ENCODERS["dinov2"], (images - mean) / std).hidden_states[1:]
+        return encode_tokens(frozen, ENCODERS["dinov2"], (images - mean) / std).hidden_states[1:]
 
     return FeatureDistance(tokens)
 
