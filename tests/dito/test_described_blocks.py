@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from diffusers import AutoencoderKLFlux2
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.models.attention_dispatch import dispatch_attention_fn
@@ -22,6 +23,8 @@ from wellposed.dito.config import TokenReductionConfig
 from wellposed.dito.forecast import forecast, recommend
 from wellposed.dito.schedule import FixedInterval
 from wellposed.hooks import apply_token_reduction, remove_token_reduction, token_reduction
+from wellposed.lens.pipeline import LensPipeline
+from wellposed.lens.scheduler import LensFlowMatchScheduler
 from wellposed.lens.transformer import LensTransformer2DModel, LensTransformerBlock
 
 ROWS, COLUMNS, TEXT, PADDED = 4, 6, 5, 2
@@ -142,7 +145,7 @@ class OwnModel(ModelMixin, ConfigMixin):
     ) -> tuple[Tensor]:
         x, text = self.x_embedder(hidden_states), self.context_embedder(encoder_hidden_states)
         further: dict[str, Any] = {}
-        if isinstance(self.blocks[0], OwnBlock) and not isinstance(self.blocks[0], BareBlock):
+        if not isinstance(self.blocks[0], BareBlock):
             angles = torch.outer(torch.arange(x.shape[1] + text.shape[1]), 0.1 + torch.arange(WIDTH // HEADS // 2))
             angles = angles.repeat_interleave(2, 1)
             further = {"turns": (angles.cos(), angles.sin()), "is_word": encoder_hidden_states_mask}
@@ -241,7 +244,10 @@ HOSTS: dict[str, Callable[[Any], Host]] = {
 }
 
 
-@pytest.fixture(params=HOSTS)
+every_host = pytest.mark.parametrize("host", HOSTS, indirect=True)
+
+
+@pytest.fixture(params=["lens", "own"])
 def host(request: pytest.FixtureRequest, tiny: SimpleNamespace) -> Host:
     return HOSTS[request.param](tiny.noise)
 
@@ -262,6 +268,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
+@every_host
 @pytest.mark.parametrize("scope", ["attn", "block"])
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("batch", [1, 2])
@@ -331,6 +338,7 @@ def kept_rows(events: list[Any], site: str) -> Tensor:
     return event.correspondence.keep
 
 
+@every_host
 @pytest.mark.parametrize("scope", ["attn", "block"])
 @pytest.mark.parametrize("batch", [1, 2])
 def test_with_dense_keys_the_rows_that_are_kept_are_those_of_the_dense_block(
@@ -350,6 +358,7 @@ def test_with_dense_keys_the_rows_that_are_kept_are_those_of_the_dense_block(
         assert_close(found.text, dense.text)
 
 
+@every_host
 @pytest.mark.parametrize("batch", [1, 2])
 def test_with_reduced_keys_a_block_sees_the_rows_that_are_kept(host: Host, batch: int) -> None:
     """The block itself, on each sample's rows and their positions."""
@@ -378,13 +387,63 @@ def test_with_reduced_keys_a_block_sees_the_rows_that_are_kept(host: Host, batch
             assert_close(found.text[[sample]], output[streams.return_encoder_hidden_states_index])
 
 
-def test_equal_tokens_are_recovered_exactly(host: Host, tiny: SimpleNamespace) -> None:
-    """Two generations in a row are the same, and a plan is used until the next Matching step."""
+def test_two_generations_are_equal(host: Host) -> None:
     config = settings(recovery="linear", schedule=FixedInterval(interval=2))
     with token_reduction(host.model, config=config) as reduction:
         first = host.denoise(5)
         assert torch.equal(host.denoise(5), first)
         assert [record.mode for record in reduction.steps] == ["match", "reduce"] * 2 + ["match"]
+
+
+@pytest.mark.parametrize("scope", ["attn", "block"])
+def test_two_pictures_of_the_pipeline_are_equal(tiny: SimpleNamespace, scope: Any) -> None:
+    """Guidance against no text at all, in a context of its own."""
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(8, 8, 8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=32
+    )
+    pipe = LensPipeline(
+        scheduler=LensFlowMatchScheduler(),
+        vae=vae.eval(),
+        text_encoder=None,
+        tokenizer=None,
+        transformer=lens(tiny.noise).model,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    features = {"prompt_embeds": tiny.noise(1, 2, TEXT, 8, seed=3), "height": 16 * ROWS, "width": 16 * COLUMNS}
+
+    def picture() -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        options = {"num_inference_steps": 5, "guidance_scale": 4.0, "output_type": "pt", "return_dict": False}
+        return pipe(**features, **options, generator=generator)[0]
+
+    dense = picture()
+    with token_reduction(pipe, ratio=0.5, round_to=1, scope=scope) as reduction:
+        found = picture()
+        assert torch.equal(picture(), found)
+        assert not torch.equal(found, dense)
+        for context in ("cond", "uncond"):
+            modes = [record.mode for record in reduction.steps if record.context == context]
+            assert modes == ["match", "reduce", "reduce", "reduce", "dense"]
+    assert torch.equal(picture(), dense)
+
+
+@pytest.mark.compile
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of importing the compiler
+def test_compiled_blocks_share_a_graph_for_each_kind_of_step(tiny: SimpleNamespace) -> None:
+    host, graphs = lens(tiny.noise), []
+    with token_reduction(host.model, config=settings()):
+        expected = host.denoise(4)
+
+    def backend(graph: Any, _inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    with token_reduction(host.model, config=settings()):
+        host.model.compile_repeated_blocks(fullgraph=False, backend=backend)
+        assert torch.equal(host.denoise(4), expected)
+        assert len(graphs) == 2  # dense, reduced: for both blocks
+    torch._dynamo.reset()
 
 
 # --- less is computed, and as much as is forecast
