@@ -268,7 +268,8 @@ def image_folder(
             f"{str(root)!r} has pictures both directly in it and in sub-folders such as {class_names[0]!r}; "
             "put every picture into a sub-folder named after its class, or none"
         )
-    labels = torch.tensor([class_names.index(c) for c in classes if c is not None]) if class_names else None
+    numbers = {name: number for number, name in enumerate(class_names)}
+    labels = torch.tensor([numbers[c] for c in classes if c is not None]) if class_names else None
     framing = Framing(size=size, resize_filter=resize_filter, channels=channels)
     return ImageDataset(
         name=root.name,

@@ -217,8 +217,8 @@ class GenerationCurve:
         epochs: passes over the images that these are.
         seconds: CPU time of training up to there, without measuring.
         frechet: distance of samples from the averaged weights to the training images.
-        discarded: the last distance with the patches decoded by the plain autoencoder of the same seed; None for that
-            one itself.
+        discarded: the last distance with the patches decoded by the plain autoencoder of the same seed; None without
+            queries, or where patch latents are others than its own.
     """
 
     arm: str
@@ -260,7 +260,12 @@ def compare_generation(
         sampling_steps: of the scheduler's grid.
         device: where they run.
         on_curve: called with each curve and its last samples.
+
+    Raises:
+        ValueError: a first arm with queries.
     """
+    if chosen[0].recipe.autoencoder_fields.get("num_queries") != 0:
+        raise ValueError(f"the first arm, {chosen[0].name!r}, has queries; put the plain autoencoder first")
     curves: list[GenerationCurve] = []
     for seed in seeds:
         plain: AutoencoderDecQ | None = None
@@ -277,7 +282,9 @@ def compare_generation(
                 arm.recipe, autoencoder, latents, where / "generator", options, callbacks=[follow]
             ).model
             samples = torch.cat(list(measure.samples(generator)))
-            discarded = None if autoencoder is plain else measure(generator, patch_decoder=plain)
+            same_patches = autoencoder.config["num_summed_layers"] == plain.config["num_summed_layers"]
+            discards = autoencoder.condensers is not None and same_patches
+            discarded = measure(generator, patch_decoder=plain) if discards else None
             per_epoch = len(images) / arm.recipe.generation.training.batch_size
             curve = GenerationCurve(
                 arm=arm.name,
@@ -348,16 +355,15 @@ class _FollowFrechet(Callback):
         self.steps: list[int] = held.get("steps", [])
         self.seconds: list[float] = held.get("seconds", [])
         self.frechet: list[float] = held.get("frechet", [])
+        self._at_checkpoint: dict[str, float] = held.get("checkpoint", {})
         self._clock: float | None = None
         self._elapsed = 0.0
 
     def on_step_end(self, run: Run) -> None:
         """Measure, if it is time."""
         now = time.process_time()
-        if self._clock is None:  # the first step of this process
-            kept = sum(step < run.step for step in self.steps)
-            self.steps, self.seconds, self.frechet = self.steps[:kept], self.seconds[:kept], self.frechet[:kept]
-            self._elapsed = self.seconds[-1] if self.seconds else 0.0
+        if self._clock is None:
+            self._go_on_from(run.step - 1)
         else:
             self._elapsed += now - self._clock
         if run.step % self.every == 0:
@@ -367,9 +373,24 @@ class _FollowFrechet(Callback):
             self.steps.append(run.step)
             self.seconds.append(self._elapsed)
             self.frechet.append(value)
-            held = {"steps": self.steps, "seconds": self.seconds, "frechet": self.frechet}
-            write_json(self.path, held)
+            self._write()
         self._clock = time.process_time()
+
+    def on_checkpoint(self, run: Run, path: Path) -> None:
+        """Note the time that a continuation starts with."""
+        self._at_checkpoint = {"step": run.step, "seconds": self._elapsed}
+        self._write()
+        self._clock = time.process_time()
+
+    def _go_on_from(self, step: int) -> None:
+        kept = sum(measured <= step for measured in self.steps)
+        self.steps, self.seconds, self.frechet = self.steps[:kept], self.seconds[:kept], self.frechet[:kept]
+        last = self.seconds[-1] if self.seconds else 0.0
+        self._elapsed = self._at_checkpoint["seconds"] if self._at_checkpoint.get("step") == step else last
+
+    def _write(self) -> None:
+        curve = {"steps": self.steps, "seconds": self.seconds, "frechet": self.frechet}
+        write_json(self.path, {**curve, "checkpoint": self._at_checkpoint})
 
 
 def _slug(name: str) -> str:

@@ -71,7 +71,6 @@ def draw_images(
         yield drawn[0].float()
 
 
-@torch.no_grad()
 def reconstructed(
     autoencoder: AutoencoderDecQ, images: ImageDataset, *, count: int | None = None, batch_size: int = 64
 ) -> Iterator[tuple[Float[Tensor, "batch channels height width"], Float[Tensor, "batch channels height width"]]]:
@@ -80,5 +79,6 @@ def reconstructed(
     total = len(plain) if count is None else min(count, len(plain))
     for start in range(0, total, batch_size):
         pixels = unit_images(plain.batch(range(start, min(start + batch_size, total))).images)
-        sample = autoencoder(pixels.to(autoencoder.device, autoencoder.dtype)).sample
+        with torch.no_grad():
+            sample = autoencoder(pixels.to(autoencoder.device, autoencoder.dtype)).sample
         yield sample.float().clamp(0, 1).cpu(), pixels

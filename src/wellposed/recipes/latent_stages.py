@@ -4,6 +4,7 @@ A stage that is finished is taken from its folder, and an interrupted one goes o
 call stages by themselves: several autoencoders over one encoder, several generators.
 """
 
+import copy
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,12 +29,11 @@ from wellposed.evaluation.features import hash_weights
 from wellposed.recipes.ddpm_draw import grid_columns
 from wellposed.recipes.latent_draw import draw_images, reconstructed
 from wellposed.recipes.latent_recipe import GenerationSettings, LatentRecipe
-from wellposed.recipes.optimize import averaged_network, player, seeded_network, training_config
+from wellposed.recipes.optimize import averaged_network, player, seeded_network, train_what_counts, training_config
 from wellposed.recipes.recipe import TrainingSettings
-from wellposed.recipes.run_folder import write_json
+from wellposed.recipes.run_folder import is_main_process, write_json
 from wellposed.training import (
     Callback,
-    ExportPretrained,
     IndexedDataset,
     Objective,
     PlannedBatches,
@@ -41,6 +41,8 @@ from wellposed.training import (
     Run,
     StepContext,
     TrainingResult,
+    WeightAverage,
+    export_pretrained,
     train,
 )
 from wellposed.training.distributed import Workers, worker_group
@@ -117,9 +119,10 @@ def autoencoder_stage(
             folder,
             steps,
             options,
-            [ExportPretrained(AUTOENCODER, folder / "weights"), _ShowReconstructions(recipe, folder)],
+            [_ShowReconstructions(recipe, folder)],
         )
         if not _is_finished(folder / "model", steps):
+            _export(fresh, result.averages.get(AUTOENCODER), folder / "weights", workers)
             autoencoder = _on(AutoencoderDecQ.from_pretrained(folder / "weights"), workers)
             latent_statistics(autoencoder, images, workers, mirrored=images.flip).apply_to(autoencoder)
             _keep(autoencoder, folder / "model", steps, workers)
@@ -182,11 +185,14 @@ def generator_stage(
         callbacks: further ones.
     """
     network = seeded_network(lambda: recipe.generator(autoencoder, _num_classes(recipe)), options.seed)
-    shown: list[Callback] = (
-        [] if export is None else [_ExportPipeline(recipe, autoencoder, guide, export, options.seed)]
-    )
+    show = None if export is None else _ExportPipeline(recipe, autoencoder, guide, export, options.seed)
     settings = recipe.generation
-    return _flow_stage(settings, settings.training, network, autoencoder, latents, folder, options, shown)
+    called = [*([] if show is None else [show]), *callbacks]
+    trained = _flow_stage(settings, settings.training, network, autoencoder, latents, folder, options, called)
+    if show is not None and not show.done and is_main_process():
+        # The last checkpoint is of an earlier process, which may have died before it exported.
+        show.export(trained.model)
+    return trained
 
 
 def pipeline_of(
@@ -196,12 +202,22 @@ def pipeline_of(
     *,
     guide: DecQTransformer2DModel | None = None,
     patch_decoder: AutoencoderDecQ | None = None,
+    class_names: Sequence[str] | None = None,
 ) -> DecQPipeline:
-    """The pipeline of trained parts, with the recipe's solver and the time shift that they were trained with."""
+    """The pipeline of trained parts, with the recipe's solver and the time shift that they were trained with.
+
+    Args:
+        recipe: the run's.
+        autoencoder: with its statistics.
+        generator: on its latents.
+        guide: for AutoGuidance, or None.
+        patch_decoder: a plain autoencoder for patches alone, or None.
+        class_names: of the classes; None to ask the training images.
+    """
     scheduler = ShiftedFlowScheduler(
         shift=time_shift(autoencoder, recipe.generation), solver=recipe.sampling.solver, grid=recipe.sampling.grid
     )
-    names = recipe.training_images().class_names
+    names = recipe.training_images().class_names if class_names is None else class_names
     pipe = DecQPipeline(
         vae=autoencoder,
         transformer=generator,
@@ -241,8 +257,8 @@ def _flow_stage(
     )
     with worker_group(options.device) as workers:
         players = player(GENERATOR, network, objective, training, steps=steps)
-        keep = ExportPretrained(GENERATOR, folder / "model")
-        result = _train_stage([players], latents, training, folder, steps, options, [keep, *callbacks])
+        result = _train_stage([players], latents, training, folder, steps, options, callbacks)
+        _export(network, result.averages.get(GENERATOR), folder / "model", workers)
         model = _on(DecQTransformer2DModel.from_pretrained(folder / "model"), workers)
         return Trained(model=model, metrics=result.metrics)
 
@@ -278,10 +294,11 @@ def _reconstruction_players(
         adversarial_weight=settings.adversarial_weight,
         adversarial_start=settings.adversarial_start,
     )
-    if settings.encoder != "frozen":
-        encoder.requires_grad_(True)
     if settings.encoder == "distill":
-        objective = _distilled(objective, recipe.autoencoder(encoder), settings.distillation_weight)
+        objective = _distilled(objective, autoencoder, settings.distillation_weight)
+    if settings.encoder != "frozen":
+        side, channels = autoencoder.config["encoder_input_size"], autoencoder.config["num_channels"]
+        train_what_counts(encoder, lambda: autoencoder.encoder_tokens(torch.zeros(1, channels, side, side)).last)
     players = [player(AUTOENCODER, autoencoder, objective, settings.training, steps=steps)]
     if settings.discriminator is not None:
         judge = seeded_network(
@@ -293,9 +310,10 @@ def _reconstruction_players(
     return players
 
 
-def _distilled(objective: Objective, reference: AutoencoderDecQ, weight: float) -> Objective:
+def _distilled(objective: Objective, autoencoder: AutoencoderDecQ, weight: float) -> Objective:
     """With the mean squared distance of the patch tokens from those of a frozen copy of the encoder."""
-    reference.requires_grad_(False).eval()
+    reference = copy.deepcopy(autoencoder).requires_grad_(False).eval()
+    del reference.decoder, reference.condensers
 
     def reference_on(context: StepContext) -> AutoencoderDecQ:
         nn.Module.to(reference, context.device)
@@ -306,8 +324,11 @@ def _distilled(objective: Objective, reference: AutoencoderDecQ, weight: float) 
     ) -> tuple[Tensor, Mapping[str, Tensor | float]]:
         loss, metrics = objective(models, batch, context)
         pixels = (batch.images + 1) / 2
-        own = cast(AutoencoderDecQ, models[context.player]).encoder_tokens(pixels).last
-        distance = nn.functional.mse_loss(own, reference_on(context).encoder_tokens(pixels).last)
+        ours, theirs = (
+            model.encoder_tokens(pixels, hidden_states=False).last
+            for model in (cast(AutoencoderDecQ, models[context.player]), reference_on(context))
+        )
+        distance = nn.functional.mse_loss(ours, theirs)
         return loss + weight * distance, {**metrics, "distance": distance}
 
     return with_distance
@@ -316,6 +337,12 @@ def _distilled(objective: Objective, reference: AutoencoderDecQ, weight: float) 
 def _num_classes(recipe: LatentRecipe) -> int:
     labels = recipe.training_images().labels
     return 1 if labels is None else int(labels.max()) + 1
+
+
+def _export(model: nn.Module, average: WeightAverage | None, folder: Path, workers: Workers) -> None:
+    """What training left. After it and not at its last checkpoint, behind which a process may have died."""
+    export_pretrained(model, folder, average=average)
+    workers.any(False)  # the others load it next
 
 
 def _on(model: Any, workers: Workers) -> Any:
@@ -363,15 +390,23 @@ class _ExportPipeline(Callback):
         seed: int,
     ) -> None:
         self.recipe, self.autoencoder, self.guide, self.folder, self.seed = recipe, autoencoder, guide, folder, seed
+        self.class_names = recipe.training_images().class_names
+        self.done = False
+
+    def export(self, network: DecQTransformer2DModel) -> DecQPipeline:
+        """The pipeline, after it was saved."""
+        pipe = pipeline_of(self.recipe, self.autoencoder, network, guide=self.guide, class_names=self.class_names)
+        with replaced_folder(self.folder) as fresh, _silent():
+            pipe.save_pretrained(fresh)
+        return pipe
 
     def on_checkpoint(self, run: Run, path: Path) -> None:
         """Export, draw."""
         network = averaged_network(run, GENERATOR, DecQTransformer2DModel, self.folder.parent)
         if network is None:
             return
-        pipe = pipeline_of(self.recipe, self.autoencoder, network, guide=self.guide)
-        with replaced_folder(self.folder) as fresh, _silent():
-            pipe.save_pretrained(fresh)
+        pipe = self.export(network)
+        self.done = run.step == run.config.max_steps
         sampling = self.recipe.sampling
         drawn = draw_images(
             pipe, sampling, count=NUM_GRID_IMAGES, num_inference_steps=sampling.num_inference_steps, seed=self.seed

@@ -22,7 +22,7 @@ from wellposed.recipes.latent_stages import (
     latent_stage,
 )
 from wellposed.recipes.recipe import TrainedRun
-from wellposed.recipes.run_folder import is_main_process, resolved_settings, start_run, write_json
+from wellposed.recipes.run_folder import RunFolder, is_main_process, resolved_settings, start_run, write_json
 from wellposed.training.distributed import worker_group
 
 __all__ = ["train_latent"]
@@ -42,7 +42,7 @@ def train_latent(
 
     Raises:
         FileNotFoundError: files that the recipe needs are missing.
-        ValueError: a folder in use, a checkpoint that does not fit, steps < 1.
+        ValueError: a folder in use, a checkpoint that does not fit, steps < 1, or others than those of the resumed run.
         TrainingInterrupted: after Ctrl-C or SIGTERM; ``resume`` goes on from there.
     """
     if steps is not None and steps < 1:
@@ -52,6 +52,7 @@ def train_latent(
         file.found_in(recipe.folder)
     images = recipe.training_images()
     run = start_run(out, recipe, resume=resume)
+    _check_steps(run, steps)
     dataset = {"name": images.name, "images": len(images), "fingerprint": images.fingerprint()}
     settings = resolved_settings(recipe, seed=seed, steps=steps, device=device, dataset=dataset)
     if is_main_process():
@@ -72,3 +73,12 @@ def train_latent(
             export=run.pipeline,
         )
     return TrainedRun(folder=run.path, settings=settings, metrics={**first.metrics, **second.metrics})
+
+
+def _check_steps(run: RunFolder, steps: int | None) -> None:
+    """A longer stage one has other latents, on which a stage two that has begun cannot go on."""
+    if run.settings_file.is_file() and run.settings().get("steps") != steps:
+        raise ValueError(
+            f"{run.path} was begun with steps = {run.settings().get('steps')} for each stage, now {steps} (None is the "
+            "recipe's own); resume it with the same, or choose another --out"
+        )

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -23,9 +23,11 @@ __all__ = [
     "gradient_accumulation",
     "player",
     "seeded_network",
+    "train_what_counts",
     "training_config",
 ]
 
+Module = TypeVar("Module", bound=nn.Module)
 Network = TypeVar("Network", bound=ModelMixin)
 
 
@@ -104,11 +106,24 @@ def gradient_accumulation(settings: TrainingSettings, world_size: int) -> int:
     return next(count for count in range(1, share + 1) if share % count == 0 and share // count <= most)
 
 
-def seeded_network(build: Callable[[], Network], seed: int) -> Network:
+def seeded_network(build: Callable[[], Module], seed: int) -> Module:
     """A network whose random weights are a function of the seed; torch's own random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derived_seed(seed, "network"))
         return build()
+
+
+def train_what_counts(model: nn.Module, output: Callable[[], Tensor | tuple[Tensor, ...]]) -> None:
+    """Unfreeze the weights that an output depends on, and freeze the others: a token for masked patches, say.
+
+    A weight that never has a gradient has no state in its optimizer, and no run can be resumed with it.
+    """
+    model.requires_grad_(True)
+    weights, found = list(model.parameters()), output()
+    parts = (found,) if isinstance(found, Tensor) else found
+    gradients = torch.autograd.grad([part.sum() for part in parts], weights, allow_unused=True)
+    for weight, gradient in zip(weights, gradients, strict=True):
+        weight.requires_grad_(gradient is not None)
 
 
 def averaged_network(run: Run, name: str, architecture: type[Network], folder: Path) -> Network | None:
