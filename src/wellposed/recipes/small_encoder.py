@@ -10,7 +10,8 @@ encoders, whose augmentations are of this kind. There are two tasks:
 
       L = |W P - e|^2 + |W P' - e|^2 + |P - P'|^2,
 
-  each a mean. That needs no classes and forgets colour within a few hundred steps.
+  each a mean. That needs no classes, and forgets colour altogether within a few hundred steps: a caricature of what
+  augmentations do to large encoders.
 """
 
 import math
