@@ -48,8 +48,8 @@ def _reconstruction(detail: Mapping[str, Any], folder: Path, settings: DemoSetti
     words = (
         "A representation autoencoder decodes the last layer of a frozen encoder. What the encoder was trained to "
         "ignore is then lost. This one is a caricature: it learned where the edges of digits are, and to say the same "
-        "of an image in any colours, until colour was gone. Eight learned *queries* read its patch tokens at four depths "
-        "from the side; the encoder and its patches stay what they are, to the last bit "
+        "of an image in any colours, until colour was gone. Eight learned *queries* read its patch tokens at four "
+        "depths from the side; the encoder and its patches stay what they are, to the last bit "
         "([arXiv 2605.22777](https://arxiv.org/abs/2605.22777))."
     )
     rows = ("originals", *STYLES)
@@ -199,8 +199,8 @@ def _verdict(curves: Mapping[str, Row]) -> str:
     near = abs(discarded / other - 1) < 0.05
     patches = "level with" if near else "below" if discarded < other else "above"
     return (
-        f"After {ours['steps'][-1]} steps the distance is {last:.3g} with queries and {other:.3g} without. This encoder "
-        "was made to lose colour, so that no generator of patches alone can paint as the images are. Does it make "
+        f"After {ours['steps'][-1]} steps the distance is {last:.3g} with queries and {other:.3g} without. This "
+        "encoder was made to lose colour, so that no generator of patches alone can paint as the images are. Does it make "
         "better patches for the queries beside them? Decoded by the plain autoencoder, queries discarded, they score "
         f"{discarded:.3g}, {patches} those of the generator without queries. On CIFAR-10 with an encoder that was "
         "trained to classify, docs/methods/decq.md has smaller differences, and not all in favour."
