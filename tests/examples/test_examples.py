@@ -68,3 +68,12 @@ def test_decq_reconstruct_trains_and_tells_the_queries_apart(
     assert found.swapped is not None and found.swapped != found.own
     assert (tmp_path / "reconstructions.png").is_file()
     assert "query latent (8, 8, 64)" in capsys.readouterr().out
+
+
+def test_lens_generate_paints_and_keeps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    script = example("lens_generate")
+    pipe = script.tiny_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    features = pipe.encode_then_free(script.PROMPT)
+    assert script.generate(pipe, features, tmp_path / "out", size=32) == 0.0
+    assert "hole.png, image.png, text.png" in capsys.readouterr().out

@@ -68,11 +68,18 @@ def decq_tiny() -> AutoencoderDecQ:
     return recipe().autoencoder(shape.build(), **recipe().autoencoder_fields).eval()
 
 
+def lens_turbo() -> DiffusionPipeline:
+    pipe = runpy.run_path(str(README.parent / "examples" / "lens_generate.py"))["tiny_pipeline"]()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 STAND_INS: dict[str, Callable[[], Any]] = {
     "google/ddpm-cifar10-32": ddpm_cifar10,
     "runs/udm_tiny/pipeline": udm_tiny,
     "runs/decq_tiny/pipeline": decq_tiny,
     "black-forest-labs/FLUX.1-dev": flux,
+    "path/to/Lens-Turbo": lens_turbo,
 }
 
 

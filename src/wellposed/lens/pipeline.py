@@ -175,7 +175,7 @@ class LensPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # that mixin serves
         Args:
             prompt: one or several.
             negative_prompt: what to move away from, one for all or one for each. Blank ones throughout are no text at
-                all, which is what the network was trained with and costs fewer tokens.
+                all: what the published pipeline's masked zeros amount to, with fewer tokens.
             image: one for all prompts or one for each; starts from it. PIL pictures are resized, others must fit.
             mask_image: where to paint (1, white); elsewhere the latents of ``image`` are kept, to the last bit.
             strength: share of the steps that are taken with an ``image``; 0.6, and 1 with a mask.
