@@ -37,7 +37,7 @@ from wellposed.evaluation.features import FeatureExtractor, hash_weights
 from wellposed.evaluation.linear_probe import fit_linear_probe
 from wellposed.evaluation.neighbours import neighbour_colour_difference, neighbour_label_agreement, token_neighbours
 from wellposed.recipes.ddpm_recipe import FeatureEvaluation
-from wellposed.recipes.decq import TINY_TAPS, decq_tiny, tiny_encoder
+from wellposed.recipes.decq import TINY_TAPS, decq_tiny, tiny_encoder, with_joint_loss
 from wellposed.recipes.decq_comparison import (
     Arm,
     GenerationCurve,
@@ -54,7 +54,8 @@ from wellposed.recipes.real_images import real_images
 from wellposed.report.record import write_result
 
 BLOCK_SIZES = (32, 8, 1)  # mean colour, means of a 4 x 4 grid, the rest
-GENERATED = ("RAE", "K = 8, spread", "K = 8, shallow", "K = 8, deep", "K = 8, all")
+JOINT = "K = 8, one mean"
+GENERATED = ("RAE", "K = 8, spread", JOINT, "K = 8, shallow", "K = 8, deep", "K = 8, all")
 PROBED, NEIGHBOURS = 4000, 5
 
 PUBLISHED = """\
@@ -230,7 +231,7 @@ def generation(chosen: argparse.Namespace, found: list[Arm], encoder: nn.Module)
     )
     plain = {curve.seed: curve for curve in curves if curve.arm == GENERATED[0]}
     speed: dict[str, Any] = {}
-    for arm in GENERATED[1:]:
+    for arm in [arm.name for arm in found if arm.name in GENERATED[1:]]:
         mine = [curve for curve in curves if curve.arm == arm]
         for by in ("steps", "seconds"):
             ratios: list[float | None] = []
@@ -316,13 +317,17 @@ def main() -> None:
     parser.add_argument("--test-images", type=int, default=500)
     parser.add_argument("--samples", type=int, default=300)
     parser.add_argument("--sampling-steps", type=int, default=12)
+    parser.add_argument("--label", default="", help="appended to the name of the result")
     parser.add_argument("--no-result", action="store_true", help="only train what is missing")
     chosen = parser.parse_args()
     set_name = "coloured-digits" if chosen.data is None else "cifar10-jpeg"
     chosen.out = chosen.out or Path("runs") / f"decq_quality_{set_name}"
     recipe = coloured_digits(chosen) if chosen.data is None else cifar(chosen)
     print(PUBLISHED)
-    found = [arm for arm in arms(recipe, TINY_TAPS) if chosen.arms is None or arm.name in chosen.arms]
+    every = arms(recipe, TINY_TAPS)
+    if chosen.part == ["generation"]:  # the same autoencoder as "K = 8, spread", another loss of the generator
+        every.append(Arm(name=JOINT, recipe=with_joint_loss(recipe.with_queries(8, TINY_TAPS["spread"]))))
+    found = [arm for arm in every if chosen.arms is None or arm.name in chosen.arms]
     encoder = encoder_stage(recipe, chosen.out / "encoder", StageOptions(seed=0))
     for part in chosen.part:
         started = datetime.now(UTC)
@@ -330,7 +335,7 @@ def main() -> None:
         if not chosen.no_result:
             settings = {name: value for name, value in vars(chosen).items() if not isinstance(value, Path)}
             settings |= {"recipe": recipe.settings(), "threads": torch.get_num_threads()}
-            name = f"decq-{part}-{set_name}"
+            name = f"decq-{part}-{set_name}{chosen.label}"
             print(write_result(name, metrics, settings, seed=chosen.seeds[0], started=started))
 
 

@@ -200,8 +200,8 @@ def _verdict(curves: Mapping[str, Row]) -> str:
     patches = "level with" if near else "below" if discarded < other else "above"
     return (
         f"After {ours['steps'][-1]} steps the distance is {last:.3g} with queries and {other:.3g} without. This "
-        "encoder was made to lose colour: no generator of patches alone can paint as the images are. Does it make better "
-        "patches for the queries beside them? Decoded by the plain autoencoder, queries discarded, they score "
+        "encoder was made to lose colour: no generator of patches alone can paint as the images are. Does it make "
+        "better patches for the queries beside them? Decoded by the plain autoencoder, queries discarded, they score "
         f"{discarded:.3g}, {patches} those of the generator without queries. On CIFAR-10 with an encoder that was "
         "trained to classify, docs/methods/decq.md has smaller differences, and not all in favour."
     )
