@@ -386,6 +386,12 @@ def test_latents_of_another_grid_keep_the_queries_whole(build: Build, images: to
     torch.testing.assert_close(wide, square, rtol=1e-9, atol=1e-9)
 
 
+def test_blocks_stay_on_one_device(build: Build) -> None:
+    blocks = set(build()._get_no_split_modules("auto"))
+    assert {"ViTMAELayer", "Condenser", "Dinov2WithRegistersLayer"} <= blocks
+    assert blocks <= {type(module).__name__ for module in build().modules()} | {"Dinov2WithRegistersEmbeddings"}
+
+
 @pytest.mark.compile
 def test_its_blocks_compile(build: Build, images: torch.Tensor) -> None:
     model = build()

@@ -248,6 +248,9 @@ class AutoencoderDecQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin)
             num_channels=num_channels,
             image_size=patch_size * grid,
         )
+        # What must stay on one device; the loader asks models of diffusers only, which the encoder is not.
+        own, of_encoder = type(self)._no_split_modules, getattr(self.encoder, "_no_split_modules", None)
+        self._no_split_modules = [*own, *(of_encoder or ())]  # pyright: ignore[reportAttributeAccessIssue]
         self.grid = grid
         self.use_slicing = False
         for name, values, default in (
