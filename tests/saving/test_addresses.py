@@ -22,7 +22,7 @@ from diffusers import (
     UNet2DModel,
 )
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import GptOssConfig, GptOssForCausalLM, PreTrainedTokenizerFast
 
 import wellposed
 from wellposed.data.tokenizers import byte_tokenizer
@@ -382,6 +382,28 @@ def test_every_address_loads_from_a_hub(hub: tuple[Path, str], fresh_python: Cal
     code += "".join(load(name, pipe, f"someone/{name}") for name, pipe in pipes.items())
     lines = fresh_python(code, endpoint).splitlines()
     assert [json.loads(line) for line in lines] == [summary(pipe) for pipe in pipes.values()]
+
+
+def test_the_published_layout_of_lens_loads_from_a_hub(hub: tuple[Path, str], fresh_python: Callable[..., str]) -> None:
+    """Its index names a text encoder's class that no library has, and looks for ours in diffusers."""
+    root, endpoint = hub
+    folder = root / "someone" / "Lens"
+    pipe: Any = own_lens()
+    sizes = {"num_hidden_layers": 1, "num_local_experts": 2, "num_experts_per_tok": 1, "vocab_size": 16}
+    sizes |= {"hidden_size": 8, "intermediate_size": 8, "head_dim": 4, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 1, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
+    pipe.register_modules(text_encoder=GptOssForCausalLM(GptOssConfig(**sizes)))
+    pipe.save_pretrained(folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    index["text_encoder"] = ["transformers", "LensGptOssEncoder"]
+    index["transformer"] = ["diffusers", "LensTransformer2DModel"]
+    index["scheduler"] = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    code = SUMMARY + "from wellposed.pipelines import LensPipeline as Pipeline\n"
+    found = json.loads(
+        fresh_python(code + "print(json.dumps(summary(Pipeline.from_pretrained('someone/Lens'))))", endpoint)
+    )
+    assert found == summary(pipe)
 
 
 def test_stock_pipelines_find_us_once_the_package_is_imported(tmp_path: Path, fresh_python: Callable[..., str]) -> None:
