@@ -32,7 +32,7 @@ PROMPT = "a red lighthouse at dusk, waves breaking on black rocks"
 CONTROL = ["<|startoftext|>", "<|endoftext|>", "<|return|>", "<|start|>", "<|channel|>", "<|message|>", "<|end|>"]
 
 
-def generate(pipe: LensPipeline, text: dict[str, Any], out: Path, *, size: int) -> float:
+def generate(pipe: Any, text: dict[str, Any], out: Path, *, size: int) -> float:
     """Three pictures; returns how far latents outside the hole moved, which is not at all.
 
     Args:
