@@ -215,7 +215,7 @@ class GenerationCurve:
         seed: of weights, noise and order; the autoencoder is that of the same seed.
         steps: of training, where the distance was measured.
         epochs: passes over the images that these are.
-        seconds: CPU time of training up to there, without measuring.
+        seconds: CPU time of training up to there, without measuring and saving, nor the first step of a process.
         frechet: distance of samples from the averaged weights to the training images.
         discarded: the last distance with the patches decoded by the plain autoencoder of the same seed; None without
             queries, or where patch latents are others than its own.
