@@ -14,7 +14,7 @@ from wellposed.report.styles import (
 )
 
 TABLES = [COVARIANCE_STYLES, TOKEN_STYLES, TOKEN_REDUCTION_STYLES, AUTOENCODER_STYLES]
-NAMES = ["covariances", "tokens", "token reduction"]
+NAMES = ["covariances", "tokens", "token reduction", "autoencoders"]
 
 # Linear RGB as it looks without one kind of cone, at full severity: Machado, Oliveira and Fernandes 2009.
 VISIONS = {
