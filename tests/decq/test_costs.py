@@ -213,6 +213,12 @@ def test_absorbed_keys_and_values_need_fewer(queries: int, written_down: float, 
     assert counted == pytest.approx((saved - constants) / 1e9, rel=1e-6)
 
 
+@pytest.mark.parametrize(("queries", "fewer"), [(54, True), (55, False)])
+def test_where_the_two_forms_cost_the_same(queries: int, fewer: bool) -> None:
+    """K = N d / ((H - 1) N + d), 54.9 here."""
+    assert (condenser_giga(queries, published=False) < condenser_giga(queries, published=True)) == fewer
+
+
 def test_what_queries_cost_as_it_runs_here() -> None:
     """1.6 % of the encoder instead of 6, and of the whole 2.9 % instead of 3.7."""
     images = torch.empty(1, 3, 224, 224, device="meta")

@@ -119,9 +119,8 @@ def test_without_queries(pipes: Pipes) -> None:
     ("solver", "points", "evaluations"),
     [
         ({}, 50, 49),
-        ({}, 250, 249),
-        ({"grid": "steps"}, 50, 50),
-        ({"solver": "heun"}, 50, 98),
+        ({"grid": "steps"}, 10, 10),
+        ({"solver": "heun"}, 10, 18),
         ({"solver": "heun", "grid": "steps"}, 7, 14),
     ],
 )
