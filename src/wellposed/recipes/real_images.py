@@ -79,11 +79,11 @@ def real_images(
         ValueError: damaged ones.
     """
     if isinstance(evaluation, FIDEvaluation):
-        reference = evaluation.reference.found_in(folder)
+        weights, reference = (file.found_in(folder) for file in (evaluation.inception, evaluation.reference))
         return RealImages(
             name=reference.name,
             metric="FID",
-            extractor=fid_extractor(evaluation.inception.found_in(folder), device=device),
+            extractor=fid_extractor(weights, device=device),
             statistics=FeatureStatistics.load(reference),
             features=None,
         )
