@@ -56,14 +56,15 @@ def reconstruct(autoencoder: AutoencoderDecQ, images: Tensor, out: Path) -> Reco
 
 
 def small_autoencoder(folder: Path, steps: int) -> AutoencoderDecQ:
-    """Stage one of the recipe ``decq_tiny``, cut short; a second call takes it from the folder."""
-    from wellposed.recipes.decq import decq_tiny
-    from wellposed.recipes.latent_stages import StageOptions, autoencoder_stage, encoder_stage
+    """Encoder and stage one of the recipe ``decq_tiny``, cut short; a second call takes them from the folder."""
+    from wellposed.recipes.decq import decq_tiny, tiny_encoder
+    from wellposed.recipes.latent_stages import StageOptions, autoencoder_stage
 
     recipe = decq_tiny()
+    images = recipe.training_images()
+    encoder = tiny_encoder(folder / "encoder", images, steps=steps, seed=0, device="cpu")
     options = StageOptions(steps=steps, device="cpu", progress=True)
-    encoder = encoder_stage(recipe, folder / "encoder", options)
-    return autoencoder_stage(recipe, encoder, recipe.training_images(), folder / "autoencoder", options).model
+    return autoencoder_stage(recipe, encoder, images, folder / "autoencoder", options).model
 
 
 def pictures(path: Path | None, side: int) -> Tensor:
