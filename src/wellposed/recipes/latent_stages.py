@@ -305,7 +305,10 @@ def _reconstruction_players(
             lambda: cast(Any, settings.discriminator)(options.device, recipe.folder, encoder), options.seed
         )
         training = settings.discriminator_training or settings.training
-        playing = player(DISCRIMINATOR, judge, discriminator_objective(autoencoder=AUTOENCODER), training, steps=steps)
+        objective = discriminator_objective(autoencoder=AUTOENCODER)
+        # Its learning rate falls over its own updates, to the end.
+        updates = max(1, steps - settings.discriminator_start)
+        playing = player(DISCRIMINATOR, judge, objective, training, steps=updates)
         players.append(replace(playing, start=settings.discriminator_start))
     return players
 
