@@ -1,12 +1,15 @@
 """The demo of the room decq: what a frozen encoder's latent lacks, and what eight queries give back."""
 
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from wellposed.data.bundled import coloured_digits
+from wellposed.data.images import ImageDataset
 from wellposed.data.pictures import save_image_grid
 from wellposed.decq.interpret import attention_maps
 from wellposed.demo.settings import DemoSettings
@@ -45,11 +48,12 @@ SHOWN, LOOKED_AT = 12, 2
 
 
 def _recipe(settings: DemoSettings) -> LatentRecipe:
-    """``decq_tiny`` with the L1 distance alone, on half a learning-rate schedule each."""
+    """``decq_tiny`` with the L1 distance alone, in brief."""
     recipe = decq_tiny()
     first, second = recipe.reconstruction, recipe.generation
     return replace(
         recipe,
+        dataset=partial(_digits, copies=settings.detail_copies),
         reconstruction=replace(
             first,
             training=_briefer(first.training, settings.detail_steps),
@@ -58,6 +62,10 @@ def _recipe(settings: DemoSettings) -> LatentRecipe:
         ),
         generation=replace(second, training=_briefer(second.training, settings.detail_generation_steps)),
     )
+
+
+def _digits(folder: Path, *, copies: int) -> ImageDataset:
+    return coloured_digits(split="train", copies=copies)
 
 
 def _briefer(training: TrainingSettings, steps: int) -> TrainingSettings:
@@ -82,7 +90,8 @@ def frozen_encoder(stages: Stages, settings: DemoSettings, *, device: str) -> nn
         tiny_encoder(where, images, steps=settings.detail_encoder_steps, seed=stages.seed, device=device)
         return {}
 
-    stages.run("encoder", "Training a small encoder without colour", {"steps": settings.detail_encoder_steps}, train)
+    chosen = {"copies": settings.detail_copies, "steps": settings.detail_encoder_steps}
+    stages.run("encoder", "Training a small encoder without colour", chosen, train)
     return tiny_encoder(folder, images, steps=settings.detail_encoder_steps, seed=stages.seed, device=device)
 
 
@@ -179,4 +188,8 @@ def _autoencoders(stages: Stages) -> Path:
 
 
 def _chosen(settings: DemoSettings) -> dict[str, Any]:
-    return {"encoder_steps": settings.detail_encoder_steps, "steps": settings.detail_steps}
+    return {
+        "copies": settings.detail_copies,
+        "encoder_steps": settings.detail_encoder_steps,
+        "steps": settings.detail_steps,
+    }

@@ -35,6 +35,7 @@ class DemoSettings:
         reduction_cache_thresholds: of FirstBlockCache.
         reduction_extrapolated: TaylorSeer computes one step in so many.
         reduction_penalties: coefficients of the frequency penalty.
+        detail_copies: of each digit, in other colours.
         detail_encoder_steps: training steps of the small frozen encoder.
         detail_steps: of each autoencoder over it.
         detail_generation_steps: of each generator on its latents.
@@ -70,6 +71,7 @@ class DemoSettings:
     reduction_extrapolated: tuple[int, ...] = (2, 3)
     reduction_penalties: tuple[float, ...] = (0.0, 0.02, 0.05, 0.1, 0.3)
     penalised_ratios: tuple[float, ...] = (0.25, 0.5, 0.75)
+    detail_copies: int = 2
     detail_encoder_steps: int = 200
     detail_steps: int = 250
     detail_generation_steps: int = 200
