@@ -32,6 +32,13 @@ TINY = DemoSettings(
     reduction_extrapolated=(2,),
     reduction_penalties=(0.0, 0.3),
     penalised_ratios=(0.25, 0.5),
+    detail_copies=1,
+    detail_encoder_steps=2,
+    detail_steps=2,
+    detail_generation_steps=2,
+    detail_measurements=2,
+    detail_samples=50,
+    detail_sampling_steps=3,
 )
 
 
