@@ -73,7 +73,9 @@ def decq_tiny() -> LatentRecipe:
             "queries and a generator, all trained from scratch; minutes on a CPU"
         ),
         paper=PAPER,
-        expected="ours: to be measured",
+        expected=(
+            "ours, in the demo's shorter version: error 6.4 dB below the plain latent's, for this encoder knows no colour"
+        ),
         encoder=EncoderSource(get=_tiny_encoder, what="a small DINOv2 with registers, trained without colour"),
         autoencoder=_tiny_autoencoder,
         autoencoder_fields={"num_queries": 8, "condenser_layers": TINY_TAPS["spread"]},
