@@ -18,7 +18,7 @@ from diffusers import AutoencoderRAE
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from wellposed.decq.condenser import AbsorbedCondenserAttnProcessor, CondenserAttnProcessor
+from wellposed.decq.condenser import AbsorbedCondenserAttnProcessor, CondenserAttention, CondenserAttnProcessor
 from wellposed.evaluation.speed import Comparison, saved_graph_bytes, time_calls
 from wellposed.models import AutoencoderDecQ, DecQTransformer2DModel
 from wellposed.report.record import write_result
@@ -76,7 +76,7 @@ def main() -> None:
     plain = AutoencoderDecQ.from_rae(rae)
     ours = AutoencoderDecQ.from_rae(rae, num_queries=8)
     projected = AutoencoderDecQ.from_rae(rae, num_queries=8)
-    for condenser in (module for module in projected.modules() if hasattr(module, "to_k")):
+    for condenser in (module for module in projected.modules() if isinstance(module, CondenserAttention)):
         condenser.processor = CondenserAttnProcessor()
     models: dict[str, Any] = {"AutoencoderRAE": rae, "K = 0": plain, "K = 8": ours, "K = 8, projected keys": projected}
     assert any(isinstance(getattr(m, "processor", None), AbsorbedCondenserAttnProcessor) for m in ours.modules())
