@@ -3,6 +3,7 @@
 import ipaddress
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -66,3 +67,12 @@ def no_network_attempts(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     yield attempts
     if attempts:
         pytest.fail(f"the test asked for the network: {', '.join(attempts)}")
+
+
+@pytest.fixture(autouse=True)
+def usual_attention_backend() -> Iterator[None]:
+    """diffusers' ``set_attention_backend`` changes the default of all models, and its reset does not take that back."""
+    yield
+    dispatch = sys.modules.get("diffusers.models.attention_dispatch")
+    if dispatch is not None:
+        dispatch._AttentionBackendRegistry.set_active_backend(dispatch.AttentionBackendName.NATIVE)

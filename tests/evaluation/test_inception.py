@@ -7,7 +7,14 @@ from torch.nn import functional
 
 from wellposed.evaluation.features import hash_weights
 from wellposed.evaluation.frechet import FeatureStatistics
-from wellposed.evaluation.inception import FEATURE_DIM, FIDInception, InceptionBlock, fid, fid_extractor
+from wellposed.evaluation.inception import (
+    FEATURE_DIM,
+    FIDInception,
+    InceptionBlock,
+    fid,
+    fid_extractor,
+    inception_classifier,
+)
 
 # Of the features part of pytorch-fid 0.3.0's network on torchvision 0.28.0: "name shape" of its 470 tensors, sorted.
 LAYOUT = "e22ffc91a09f7caa1af2ce051c7ddf26018012910da85827a0b035b343f00177"
@@ -156,3 +163,14 @@ def test_reference_of_other_features_is_refused(weights_file, tmp_path):
     FeatureStatistics.from_features(torch.zeros(3, 64)).save(tmp_path / "small.npz")
     with pytest.raises(ValueError, match="2048"):
         fid(torch.zeros(1, 3, 8, 8), weights=weights_file, reference=tmp_path / "small.npz")
+
+
+def test_logits_are_the_classifier_without_its_bias(tmp_path):
+    matrix = torch.randn(7, FEATURE_DIM, generator=torch.Generator().manual_seed(0))
+    save_file({"fc.weight": matrix, "fc.bias": torch.ones(7)}, tmp_path / "weights.safetensors")
+    features = torch.randn(3, FEATURE_DIM, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    logits = inception_classifier(tmp_path / "weights.safetensors")(features)
+    torch.testing.assert_close(logits, torch.einsum("nf,cf->nc", features, matrix.double()))
+    save_file({"fc.weight": matrix[:, :5].contiguous()}, tmp_path / "short.safetensors")
+    with pytest.raises(ValueError, match="no classifier"):
+        inception_classifier(tmp_path / "short.safetensors")

@@ -11,11 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from wellposed.data.images import ImageDataset, StoredPixels
 from wellposed.data.latents import LatentDataset
@@ -23,6 +24,7 @@ from wellposed.decq.autoencoder import AutoencoderDecQ
 from wellposed.decq.discriminator import FrozenFeatureDiscriminator
 from wellposed.decq.latents import EncodedImages
 from wellposed.decq.pipeline import DecQPipeline
+from wellposed.evaluation.inception import FIDInception
 from wellposed.recipes import RECIPES, FIDEvaluation, decq, latent_stages, recipe_of
 from wellposed.recipes.decq import (
     IMAGENET_TAPS,
@@ -41,7 +43,8 @@ from wellposed.recipes.latent_evaluate import measure_reconstruction, score_late
 from wellposed.recipes.latent_recipe import EncoderSource, GuideSettings, LatentRecipe
 from wellposed.recipes.latent_stages import StageOptions, autoencoder_stage
 from wellposed.recipes.optimize import player
-from wellposed.recipes.recipe import DATA_VARIABLE, TrainingSettings
+from wellposed.recipes.real_images import real_images
+from wellposed.recipes.recipe import DATA_VARIABLE, RequiredFile, TrainingSettings
 from wellposed.training import TrainingInterrupted
 from wellposed.training.run import Run
 
@@ -720,3 +723,24 @@ def test_two_processes_train_as_one(plain_run: Path, tmp_path: Path, on_ranks: C
         torch.testing.assert_close(*(getattr(code, name) for code in codes), rtol=0, atol=0.02)
     (folder,) = (ours[1] / "latents").iterdir()
     assert len(LatentDataset.open(folder)) == COUNT
+
+
+@pytest.mark.slow
+def test_reference_images_and_the_classifier_serve_fid(tmp_path: Path) -> None:
+    """What is in the files of FID proper gives precision, recall and an Inception score too."""
+    images = torch.randint(0, 256, (9, 16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    weights = {**FIDInception().state_dict(), "fc.weight": torch.randn(5, 2048)}
+    save_file({name: value.contiguous() for name, value in weights.items()}, tmp_path / "inception.safetensors")
+    np.savez(tmp_path / "reference.npz", mu=np.zeros(2048), sigma=np.eye(2048), arr_0=images.numpy())
+    evaluation = FIDEvaluation(
+        num_samples=9,
+        inception=RequiredFile(path="inception.safetensors", what="", source=""),
+        reference=RequiredFile(path="reference.npz", what="", source=""),
+    )
+    where = {"folder": tmp_path, "run": tmp_path, "device": torch.device("cpu")}
+    real = real_images(evaluation, lambda: pytest.fail("not asked for"), **where, with_features=True)
+    assert real.features is not None and real.classifier is not None
+    pixels = images.permute(0, 3, 1, 2).float() / 255
+    torch.testing.assert_close(real.features, real.extractor(pixels))
+    assert real.classifier(real.features).shape == (9, 5)
+    assert real_images(evaluation, lambda: pytest.fail("not asked for"), **where).features is None

@@ -19,7 +19,7 @@ Images of 32 and 64 pixels are enlarged, which antialiasing leaves alone: there 
 values. Reference statistics must come from the same row as the samples.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -34,7 +34,7 @@ from wellposed.evaluation.features import CPU, FeatureExtractor, hash_weights
 from wellposed.evaluation.frechet import FeatureStatistics, frechet_score
 from wellposed.evaluation.scores import ImageFormat, Score
 
-__all__ = ["FIDInception", "fid", "fid_extractor"]
+__all__ = ["FIDInception", "fid", "fid_extractor", "inception_classifier"]
 
 WEIGHTS_FILE = "pt_inception-2015-12-05-6726825d.pth"
 FEATURE_DIM = 2048
@@ -206,6 +206,24 @@ def fid_extractor(weights: str | Path, *, device: torch.device = CPU) -> Feature
         resize=f"bilinear to {INPUT_SIZE}, half-pixel centres, no antialias",
         device=device,
     )
+
+
+def inception_classifier(weights: str | Path) -> Callable[[Float[Tensor, "batch features"]], Float[Tensor, "batch _"]]:
+    """Logits of the network's own classifier, from the features of :func:`fid_extractor`.
+
+    W f without the bias, as the Inception score was defined on this network's graph.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a file without the classifier.
+    """
+    held = _read_weights(Path(weights))
+    matrix = held.get("fc.weight")
+    if matrix is None or matrix.ndim != 2 or matrix.shape[1] != FEATURE_DIM:
+        raise ValueError(
+            f"{str(weights)!r} has no classifier over {FEATURE_DIM} features (fc.weight); get {WEIGHTS_FILE}"
+        )
+    return lambda features: features @ matrix.to(features).T
 
 
 def fid(

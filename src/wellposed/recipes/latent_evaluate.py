@@ -15,6 +15,7 @@ from wellposed.decq.pipeline import DecQPipeline
 from wellposed.evaluation.frechet import FeatureStatistics, frechet_distance
 from wellposed.evaluation.frequency import BandErrors, band_errors
 from wellposed.evaluation.image_quality import psnr, ssim
+from wellposed.evaluation.inception_score import inception_score
 from wellposed.evaluation.precision_recall import precision_recall
 from wellposed.recipes.device import resolved_device
 from wellposed.recipes.latent_draw import draw_images, load_generator, reconstructed
@@ -89,7 +90,7 @@ class LatentScore:
     """One number about a run.
 
     Attributes:
-        what: "PSNR", "SSIM", "FID", "Frechet distance", "precision", "recall".
+        what: "PSNR", "SSIM", "FID", "Frechet distance", "precision", "recall", "Inception score".
         of: "reconstruction", or "T = 50" for samples with 50 steps.
         count: images scored.
         seed: of the samples.
@@ -145,7 +146,12 @@ def score_latent(
             continue
         pipe = pipe or load_generator(folder.pipeline, chosen)
         real = real or real_images(
-            recipe.evaluation, recipe.training_images, folder=recipe.folder, run=folder.path, device=chosen
+            recipe.evaluation,
+            recipe.training_images,
+            folder=recipe.folder,
+            run=folder.path,
+            device=chosen,
+            with_features=True,
         )
         if num_steps is None:
             fresh = _score_reconstructions(pipe.vae, recipe.test_images(), real, seed, on_progress)
@@ -200,6 +206,10 @@ def _score_samples(batches: Iterable[Tensor], real: RealImages, of: str, count: 
     if real.features is not None:
         shares = precision_recall(features, real.features)
         values |= {"precision": shares.precision, "recall": shares.recall}
+    if real.classifier is not None:
+        # Shuffled: samples lie in the order of their classes.
+        shuffled = inception_score(real.classifier(features), generator=torch.Generator().manual_seed(0))
+        values["Inception score"] = shuffled.value
     seconds = round(time.perf_counter() - started, 3)
     return [
         LatentScore(

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -12,13 +13,14 @@ from torch import Tensor
 from wellposed.data.images import ImageDataset
 from wellposed.evaluation.features import FeatureExtractor, unit_images
 from wellposed.evaluation.frechet import FeatureStatistics, frechet_floor, frechet_score
-from wellposed.evaluation.inception import fid_extractor
+from wellposed.evaluation.inception import fid_extractor, inception_classifier
 from wellposed.evaluation.scores import Score
 from wellposed.recipes.ddpm_recipe import FeatureEvaluation, FIDEvaluation
 
 __all__ = ["RealImages", "card_line", "real_images"]
 
 READING_BATCH = 500
+REFERENCE_IMAGES = "arr_0"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +32,8 @@ class RealImages:
         metric: "FID" if extractor and statistics are those of FID proper, else "Frechet distance".
         extractor: features of images in [0, 1].
         statistics: mean and covariance of the real images' features.
-        features: those features; None where only the statistics are at hand.
+        features: those features, or of some of the images; None where only the statistics are at hand.
+        classifier: logits of features, where their network has them: for an Inception score.
     """
 
     name: str
@@ -38,6 +41,7 @@ class RealImages:
     extractor: FeatureExtractor
     statistics: FeatureStatistics
     features: Float[Tensor, "n dim"] | None
+    classifier: Callable[[Float[Tensor, "n dim"]], Float[Tensor, "n classes"]] | None = None
 
     def score(self, images: Iterable[Float[Tensor, "_ channels height width"]]) -> Score:
         """Distance of batches of images in [0, 1] to the real ones, with its card."""
@@ -64,6 +68,7 @@ def real_images(
     folder: Path,
     run: Path,
     device: torch.device,
+    with_features: bool = False,
 ) -> RealImages:
     """The real images of an evaluation.
 
@@ -73,6 +78,8 @@ def real_images(
         folder: of the user's files.
         run: of the run, into which an extractor may be trained.
         device: where the extractor runs.
+        with_features: of FID's reference images too, if its file holds some, as that of ADM's suite does; and with the
+            network's classifier.
 
     Raises:
         FileNotFoundError: reference statistics or weights of the extractor are missing.
@@ -80,14 +87,16 @@ def real_images(
     """
     if isinstance(evaluation, FIDEvaluation):
         weights, reference = (file.found_in(folder) for file in (evaluation.inception, evaluation.reference))
+        extractor = fid_extractor(weights, device=device)
         return RealImages(
             name=reference.name,
             metric="FID",
-            extractor=fid_extractor(weights, device=device),
+            extractor=extractor,
             statistics=FeatureStatistics.load(reference),
-            features=None,
+            features=_features_of_reference(reference, extractor) if with_features else None,
+            classifier=inception_classifier(weights) if with_features else None,
         )
-    extractor: FeatureExtractor = evaluation.extractor(run, str(device))
+    extractor = evaluation.extractor(run, str(device))
     dataset = images()
     features = torch.cat([part.cpu() for part in extractor.batches(_batches(dataset), image_format="8-bit")])
     return RealImages(
@@ -97,6 +106,16 @@ def real_images(
         statistics=FeatureStatistics.from_features(features),
         features=features,
     )
+
+
+def _features_of_reference(reference: Path, extractor: FeatureExtractor) -> Float[Tensor, "n dim"] | None:
+    """Of the images ``arr_0`` (n, height, width, 3), uint8, of a reference file; None where it has none."""
+    with np.load(reference, allow_pickle=False) as held:
+        if REFERENCE_IMAGES not in held:
+            return None
+        pixels = torch.from_numpy(held[REFERENCE_IMAGES])
+    batches = (part.permute(0, 3, 1, 2).float() / 255 for part in pixels.split(READING_BATCH))
+    return torch.cat([part.cpu() for part in extractor.batches(batches)])
 
 
 def _batches(images: ImageDataset) -> Iterator[Float[Tensor, "_ channels height width"]]:
