@@ -119,9 +119,9 @@ def detail_study(stages: Stages, settings: DemoSettings, encoder: nn.Module, *, 
         )
         autoencoder = stage_one(arms[1], encoder, _autoencoders(stages), seed=stages.seed, device=device).model
         looked_at = originals[1 : 1 + LOOKED_AT].to(autoencoder.device)
-        for number, maps in enumerate(attention_maps(autoencoder, looked_at).unbind(1)):
-            _save_maps(maps.cpu(), folder / picture_name(f"attention {number}"))
-            save_image_grid(looked_at[number : number + 1].cpu(), folder / picture_name(f"seen {number}"), columns=1)
+        maps = attention_maps(autoencoder, looked_at).cpu()
+        for number, image in enumerate(looked_at.cpu()):
+            _save_maps(image, maps[:, number], folder / picture_name(f"attention {number}"))
         return {"outcomes": [asdict(outcome) for outcome in outcomes], "test": test.name, "looked_at": LOOKED_AT}
 
     return dict(stages.run("detail", "Reconstructing with and without queries", _chosen(settings), compute).metrics)
@@ -176,11 +176,15 @@ def picture_name(what: str) -> str:
     return what.lower().replace(" ", "-").replace(",", "").replace("=", "") + ".png"
 
 
-def _save_maps(maps: Tensor, path: Path) -> None:
-    """A row for each tap, a column for each query; the most looked-at patch of a map is white."""
+def _save_maps(image: Tensor, maps: Tensor, path: Path) -> None:
+    """The image, and a row for each tap with a column for each query; the most looked-at patch of a map is white."""
     largest = maps.amax((-2, -1), keepdim=True)
-    shown = (maps / largest).repeat_interleave(4, -1).repeat_interleave(4, -2)
-    save_image_grid(shown.flatten(0, 1).unsqueeze(1), path, columns=maps.shape[1])
+    cell = image.shape[-1] // maps.shape[-1]
+    grey = (maps / largest).repeat_interleave(cell, -1).repeat_interleave(cell, -2)
+    first = torch.ones(len(maps), 1, *image.shape)
+    first[0, 0] = image
+    cells = torch.cat([first, grey.unsqueeze(2).expand(-1, -1, 3, -1, -1)], dim=1)
+    save_image_grid(cells.flatten(0, 1), path, columns=cells.shape[1])
 
 
 def _autoencoders(stages: Stages) -> Path:

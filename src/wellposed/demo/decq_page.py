@@ -22,13 +22,13 @@ def decq_numbers(detail: Mapping[str, Any]) -> tuple[Number, ...]:
     return (
         Number(
             value=f"{ours['gain'][0]:+.1f} dB".replace("-", "−"),
-            label="squared error of reconstructions, with eight queries beside the same frozen latent",
+            label="gained in the squared error of reconstructions by eight queries beside the same frozen latent",
             note=f"PSNR {ours['psnr']:.1f} dB, without {plain['psnr']:.1f}",
         ),
         Number(
             value=f"{1 - ours['bands'][0] / plain['bands'][0]:.0%}",
             label="of the error of mean colours that the queries take away",
-            note=f"of what is finer than 8 pixels: {1 - ours['bands'][-1] / plain['bands'][-1]:.0%}",
+            note=f"of what is finer than 8 pixels: {1 - ours['bands'][-1] / plain['bands'][-1]:.0%}".replace("-", "−"),
         ),
     )
 
@@ -108,15 +108,9 @@ def _looking(detail: Mapping[str, Any], folder: Path) -> Section:
     taps = ours["taps"]
     numbers = range(detail["looked_at"])
     grid = Grid(
-        cells=tuple(
-            (
-                read_png(folder / "detail" / picture_name(f"seen {number}")),
-                read_png(folder / "detail" / picture_name(f"attention {number}")),
-            )
-            for number in numbers
-        ),
-        row_labels=tuple("" for _ in numbers),
-        column_labels=("image", "where the eight queries look, a row for each tap"),
+        cells=tuple((read_png(folder / "detail" / picture_name(f"attention {number}")),) for number in numbers),
+        row_labels=tuple(f"image {number + 1}" for number in numbers),
+        column_labels=("where the eight queries look, a row for each tap",),
         caption="Attention of the condensers, mean over heads; white is the patch that a query looks at most.",
     )
     table = Table(
@@ -163,6 +157,7 @@ def _generation(generation: Mapping[str, Any], folder: Path, settings: DemoSetti
         "Frechet distance of samples",
         title="At equal time, here",
         yscale="log",
+        xticks=[round(max(curve["seconds"][-1] for curve in curves.values()) * part / 4) for part in range(5)],
         references=() if floor is None else (Reference(y=floor, label="real images"),),
     )
     figure = Figure(
