@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Int, UInt8
+from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -108,7 +108,6 @@ def photographs(
     shrink: int = 1,
     flip: bool = False,
     seed: int = 0,
-    labelled: bool = False,
 ) -> ImageDataset:
     """Random square patches of the photographs in scikit-learn and scikit-image.
 
@@ -125,7 +124,6 @@ def photographs(
             than a texture.
         flip: mirror at random, see :class:`ImageDataset`.
         seed: seed of the positions and of the flips.
-        labelled: the class of a patch is the picture that it comes from.
 
     Raises:
         ImportError: scikit-learn or scikit-image is missing.
@@ -144,12 +142,9 @@ def photographs(
             f"patch_size is {patch_size} but the smallest picture is {smallest} pixels high after shrink={shrink}; "
             f"give patch_size <= {smallest} or a smaller shrink"
         )
-    patches, origins = _random_patches(pictures, patch_size, num_patches, seed)
     return ImageDataset(
         name=f"photographs {patch_size}x{patch_size} ({split}, {len(names)} pictures, shrink {shrink})",
-        source=StoredPixels(pixels=patches),
-        labels=origins if labelled else None,
-        class_names=names if labelled else (),
+        source=StoredPixels(pixels=_random_patches(pictures, patch_size, num_patches, seed)),
         flip=flip,
         seed=seed,
     )
@@ -164,8 +159,7 @@ def _split_slice(split: str, n: int) -> slice:
 
 def _random_patches(
     pictures: list[UInt8[Tensor, "channels _ _"]], patch_size: int, num_patches: int, seed: int
-) -> tuple[UInt8[Tensor, "patches channels height width"], Int[Tensor, " patches"]]:
-    """Patches, and which picture each is of."""
+) -> UInt8[Tensor, "patches channels height width"]:
     generator = torch.Generator().manual_seed(seed)
     rows = torch.tensor([p.shape[-2] - patch_size + 1 for p in pictures])
     columns = torch.tensor([p.shape[-1] - patch_size + 1 for p in pictures])
@@ -174,11 +168,12 @@ def _random_patches(
     which = torch.searchsorted(ends, positions, right=True)
     within = positions - (ends - rows * columns)[which]
     tops, lefts = within // columns[which], within % columns[which]
-    patches = [
-        pictures[k][:, top : top + patch_size, left : left + patch_size]
-        for k, top, left in zip(which.tolist(), tops.tolist(), lefts.tolist(), strict=True)
-    ]
-    return torch.stack(patches), which
+    return torch.stack(
+        [
+            pictures[k][:, top : top + patch_size, left : left + patch_size]
+            for k, top, left in zip(which.tolist(), tops.tolist(), lefts.tolist(), strict=True)
+        ]
+    )
 
 
 def _bundled_picture(name: str, channels: int, shrink: int) -> UInt8[Tensor, "channels height width"]:

@@ -60,11 +60,6 @@ class EncoderShape:
     num_hidden_layers: int
     num_attention_heads: int
 
-    @property
-    def autoencoder_fields(self) -> dict[str, Any]:
-        """What ``AutoencoderDecQ.from_encoder`` cannot read off the encoder."""
-        return {"encoder_input_size": self.image_size}
-
     def build(self) -> nn.Module:
         """With random weights, frozen."""
         return ENCODERS["dinov2"].build(
