@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from wellposed.decq.autoencoder import STD_EPS, AutoencoderDecQ
 from wellposed.decq.encoders import ENCODERS
 from wellposed.decq.transformer import SIZES, DecQTransformer2DModel, rotary_tables
-from wellposed.decq.weight_files import check_weights, read_weights
+from wellposed.evaluation.weight_files import check_weights, read_weights
 
 __all__ = ["load_dit_dh_checkpoint", "load_rae_checkpoint", "load_rae_decoder", "load_rae_statistics"]
 

@@ -19,24 +19,28 @@ Images of 32 and 64 pixels are enlarged, which antialiasing leaves alone: there 
 values. Reference statistics must come from the same row as the samples.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
 from wellposed.evaluation.features import CPU, FeatureExtractor, hash_weights
 from wellposed.evaluation.frechet import FeatureStatistics, frechet_score
 from wellposed.evaluation.scores import ImageFormat, Score
+from wellposed.evaluation.weight_files import check_weights, read_weights
 
 __all__ = ["FIDInception", "fid", "fid_extractor", "inception_classifier"]
 
 WEIGHTS_FILE = "pt_inception-2015-12-05-6726825d.pth"
+EXPECTED = (
+    f"the one file that defines FID, {WEIGHTS_FILE}, from the releases (tag fid_weights) of "
+    "https://github.com/mseitzer/pytorch-fid"
+)
 FEATURE_DIM = 2048
 INPUT_SIZE = 299
 
@@ -170,7 +174,7 @@ class FIDInception(nn.Module):
             FileNotFoundError: no such file; the message says which one to get.
             ValueError: a file of another network, or no file of weights.
         """
-        weights = _read_weights(Path(path))
+        weights = read_weights(path, EXPECTED)
         # Counters that some exports carry and others do not; in evaluation mode they have no effect.
         held = {
             name: value
@@ -181,7 +185,7 @@ class FIDInception(nn.Module):
         expected = {
             name: value for name, value in model.state_dict().items() if not name.endswith(".num_batches_tracked")
         }
-        _check_weights(held, expected, path)
+        check_weights(held, expected, path, EXPECTED)
         model.load_state_dict(held, strict=False)
         return model
 
@@ -217,7 +221,7 @@ def inception_classifier(weights: str | Path) -> Callable[[Float[Tensor, "batch 
         FileNotFoundError: no such file.
         ValueError: a file without the classifier.
     """
-    held = _read_weights(Path(weights))
+    held = read_weights(weights, EXPECTED)
     matrix = held.get("fc.weight")
     if matrix is None or matrix.ndim != 2 or matrix.shape[1] != FEATURE_DIM:
         raise ValueError(
@@ -333,33 +337,3 @@ def _layers(step: Layer | tuple[Layer, Layer]) -> tuple[Layer, ...]:
 
 def _names(step: Layer | tuple[Layer, Layer]) -> tuple[str, ...]:
     return tuple(name.removesuffix("/2") for name, _, _ in _layers(step))
-
-
-def _read_weights(path: Path) -> Mapping[str, Tensor]:
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"no Inception weights at {str(path)!r}; FID is defined by one file, {WEIGHTS_FILE}, from the releases "
-            "(tag fid_weights) of https://github.com/mseitzer/pytorch-fid: download it and pass its path"
-        )
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    # Whatever the reader raises, the file is not one of weights: the formats share no exception.
-    except Exception as error:
-        raise ValueError(
-            f"{str(path)!r} is no readable file of weights ({type(error).__name__}); expected {WEIGHTS_FILE}"
-        ) from error
-    if not isinstance(weights, Mapping):
-        raise ValueError(f"{str(path)!r} holds a {type(weights).__name__}, not named tensors; expected {WEIGHTS_FILE}")
-    return weights
-
-
-def _check_weights(held: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: str | Path) -> None:
-    missing = sorted(expected.keys() - held.keys())
-    unknown = sorted(held.keys() - expected.keys())
-    misshapen = sorted(name for name in expected.keys() & held.keys() if held[name].shape != expected[name].shape)
-    if missing or unknown or misshapen:
-        parts = {"missing": missing, "unknown": unknown, "of another shape": misshapen}
-        told = "; ".join(f"{len(names)} {kind}, such as {names[0]}" for kind, names in parts.items() if names)
-        raise ValueError(f"{str(path)!r} is not the FID Inception network ({told}); expected {WEIGHTS_FILE}")

@@ -36,7 +36,9 @@ def read_weights(path: str | Path, expected: str) -> dict[str, Tensor]:
             f"{str(path)!r} is no readable file of weights ({type(error).__name__}); expected {expected}"
         ) from error
     if not isinstance(held, Mapping) or not all(isinstance(value, Tensor) for value in held.values()):
-        raise ValueError(f"{str(path)!r} does not hold named tensors and nothing else; expected {expected}")
+        raise ValueError(
+            f"{str(path)!r} holds a {type(held).__name__}, not named tensors and nothing else; expected {expected}"
+        )
     return dict(held)
 
 
