@@ -47,7 +47,7 @@ def small_autoencoder(encoder: nn.Module, **fields: Any) -> Any:
 
     sizes = {"decoder_hidden_size": 24, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
     sizes |= {"decoder_intermediate_size": 32, "patch_size": 8, "condenser_num_heads": 2, "noise_tau": 0.8}
-    return AutoencoderDecQ.from_encoder(encoder, **{**sizes, **SHAPE.autoencoder_fields, **fields})
+    return AutoencoderDecQ.from_encoder(encoder, **{**sizes, "encoder_input_size": SHAPE.image_size, **fields})
 
 
 def small_generator(autoencoder: Any, num_classes: int) -> Any:
