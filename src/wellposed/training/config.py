@@ -5,7 +5,7 @@ from typing import Literal, get_args
 
 from wellposed.training.distributed import Sharding
 
-__all__ = ["Precision", "TrainingConfig", "samples_per_share"]
+__all__ = ["Precision", "TrainingConfig"]
 
 Precision = Literal["fp32", "bf16"]
 
@@ -52,18 +52,3 @@ class TrainingConfig:
         for name, choices in (("precision", get_args(Precision)), ("sharding", get_args(Sharding))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; write one of {', '.join(map(repr, choices))}")
-
-
-def samples_per_share(batch_size: int, config: TrainingConfig, world_size: int) -> int:
-    """How many samples a rank computes at a time.
-
-    Raises:
-        ValueError: if the batch cannot be split evenly.
-    """
-    shares = world_size * config.gradient_accumulation
-    if batch_size % shares:
-        raise ValueError(
-            f"a batch of {batch_size} cannot be split evenly into {world_size} rank(s) x "
-            f"{config.gradient_accumulation} accumulated share(s); make batch_size a multiple of {shares}"
-        )
-    return batch_size // shares

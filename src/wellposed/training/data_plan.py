@@ -21,11 +21,19 @@ class TrainingData(Protocol):
 
     @property
     def batch_size(self) -> int:
-        """Number of samples of a step, over all ranks and all accumulated shares."""
+        """Number of samples of a step, over all ranks and all accumulated shares; on average, where steps differ."""
+        ...
+
+    def shares_at(self, step: int, parts: int) -> tuple[range, ...]:
+        """Which samples of the step's batch are in each of its shares; every share weighs the same.
+
+        Raises:
+            ValueError: the batch cannot be split into that many.
+        """
         ...
 
     def batch_at(self, step: int, part: int = 0, parts: int = 1) -> Any:
-        """The samples ``part, part + parts, part + 2 parts, ...`` of the step's batch; all of it by default.
+        """The samples of one share of the step's batch; all of the batch by default, where it can be one share.
 
         May be tensors, dataclasses, mappings, lists and tuples of tensors. Called once per (step, part), in order.
         """
@@ -99,6 +107,15 @@ class PlannedBatches:
         places = torch.arange(batch * self.batch_size, (batch + 1) * self.batch_size) % size
         return _epoch_order(size, self.seed, epoch)[places]
 
+    def shares_at(self, step: int, parts: int) -> tuple[range, ...]:
+        """Every parts-th sample, see :class:`TrainingData`."""
+        if self.batch_size % parts:
+            raise ValueError(
+                f"a batch of {self.batch_size} cannot be split evenly into {parts} shares (ranks x "
+                f"gradient_accumulation); make batch_size a multiple of {parts}"
+            )
+        return tuple(range(part, self.batch_size, parts) for part in range(parts))
+
     def batch_at(self, step: int, part: int = 0, parts: int = 1) -> Any:
         """One of ``parts`` equal shares of the step's batch, see :class:`TrainingData`."""
         return self.dataset.batch(self.indices_at(step)[part::parts], epoch=step // self.steps_per_epoch)
@@ -151,6 +168,10 @@ class Prefetched:
     def steps_per_epoch(self) -> int | None:
         """That of the data, where they have epochs."""
         return getattr(self.data, "steps_per_epoch", None)
+
+    def shares_at(self, step: int, parts: int) -> tuple[range, ...]:
+        """Those of the data."""
+        return self.data.shares_at(step, parts)
 
     def batch_at(self, step: int, part: int = 0, parts: int = 1) -> Any:
         """See :class:`TrainingData`."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from wellposed.training.config import TrainingConfig, samples_per_share
+from wellposed.training.config import TrainingConfig
 from wellposed.training.data_plan import TrainingData
 from wellposed.training.players import Player, check_players
 
@@ -110,7 +110,7 @@ def describe(
     return RunDescription(
         players=described,
         batch_size=data.batch_size,
-        share=samples_per_share(data.batch_size, config, world_size),
+        share=max(map(len, data.shares_at(0, world_size * config.gradient_accumulation))),
         max_steps=config.max_steps,
         steps_per_epoch=getattr(data, "steps_per_epoch", None),
         bytes_per_rank=total // world_size if config.sharding == "fsdp2" else total,

@@ -10,7 +10,7 @@ from typing import Literal
 
 from wellposed.training.averages import WeightAverage
 from wellposed.training.checkpoint import CheckpointStore, Progress
-from wellposed.training.config import TrainingConfig, samples_per_share
+from wellposed.training.config import TrainingConfig
 from wellposed.training.data_plan import TrainingData
 from wellposed.training.distributed import worker_group
 from wellposed.training.interrupts import InterruptFlag, TrainingInterrupted
@@ -92,7 +92,7 @@ def train(
     folder = Path(out)
     with ExitStack() as stack:
         workers = stack.enter_context(worker_group(config.device))
-        samples_per_share(data.batch_size, config, workers.world_size)  # or a clear error
+        data.shares_at(0, workers.world_size * config.gradient_accumulation)  # or a clear error
         run = Run(chosen, config, workers)
         store = CheckpointStore(folder / "checkpoints", workers, config.keep_last)
         fingerprint = dict(data.fingerprint())  # once: it may read the whole set

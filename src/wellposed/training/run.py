@@ -138,22 +138,24 @@ class Run:
         """
         parts = self.workers.world_size * self.config.gradient_accumulation
         mine = range(self.workers.rank, parts, self.workers.world_size)
+        shares = data.shares_at(self.step, parts)
         batches = {part: data.batch_at(self.step, part, parts) for part in mine}
         for live in self.players.values():
             if live.player.plays_in(self.step):
-                self._update(live, batches, parts, data.batch_size)
+                self._update(live, batches, shares)
         self.step += 1
 
-    def _update(self, live: LivePlayer, batches: Mapping[int, Any], parts: int, batch_size: int) -> None:
+    def _update(self, live: LivePlayer, batches: Mapping[int, Any], shares: Sequence[range]) -> None:
         name = live.player.name
         totals: dict[str, Tensor] = {}
+        batch_size = sum(map(len, shares))
         with _only_trainable(name, self.models):
             for part, batch in batches.items():
                 context = StepContext(
                     player=name,
                     step=self.step,
                     seed=self.config.seed,
-                    rows=range(part, batch_size, parts),
+                    rows=shares[part],
                     batch_size=batch_size,
                     device=self.workers.device,
                 )
