@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-__all__ = ["ImageBatch", "LatentBatch", "TextBatch"]
+__all__ = ["ImageBatch", "LatentBatch", "TextBatch", "TextImageBatch"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,3 +50,33 @@ class TextBatch:
     tokens: Int[Tensor, "batch length"]
     given: Bool[Tensor, "batch length"] | None = None
     valid: Bool[Tensor, "batch length"] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextImageBatch:
+    """Images of one size with their captions: one share of a step whose other shares may have other sizes.
+
+    Attributes:
+        images: pixel values in [-1, 1], channels first.
+        captions: one for each.
+        weight: of this share in the mean over the shares of its step.
+    """
+
+    images: Float[Tensor, "batch channels height width"]
+    captions: tuple[str, ...]
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextImageBatch:
+    """Images of one size with what is said of them.
+
+    Attributes:
+        images: pixel values in [-1, 1], channels first.
+        captions: one for each image.
+        weight: of this batch in the mean over the shares of a step; the mean of all shares' weights is 1.
+    """
+
+    images: Float[Tensor, "batch channels height width"]
+    captions: tuple[str, ...]
+    weight: float = 1.0
