@@ -1,12 +1,15 @@
 """Tiny real components: a Lens transformer of 332 thousand parameters, FLUX.2's autoencoder, and inputs for both."""
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from http.server import ThreadingHTTPServer
 from typing import Any
 
 import pytest
 import torch
 from diffusers import AutoencoderKLFlux2
 
+from tests.lens.chat_server import Endpoint
 from tests.lens.tiny_gpt_oss import tiny_gpt_oss, tiny_tokenizer
 from wellposed.lens.pipeline import LensPipeline
 from wellposed.lens.scheduler import LensFlowMatchScheduler
@@ -96,3 +99,17 @@ def pipes(build_lens: Callable[..., LensTransformer2DModel], tiny_vae: Autoencod
         return pipe
 
     return pipeline
+
+
+@pytest.fixture
+def endpoint() -> Iterator[type[Endpoint]]:
+    """A server that is running at ``url``, answers with ``answers`` and keeps ``requests``."""
+    handler = type("EndpointHere", (Endpoint,), {"answers": [], "requests": []})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    handler.url = f"http://127.0.0.1:{server.server_port}/v1"
+    yield handler
+    server.shutdown()
+    server.server_close()
+    thread.join()

@@ -3,21 +3,18 @@
 import contextlib
 import importlib.util
 import itertools
-import json
 import re
 import socket
-import threading
 import time
-from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.lens.chat_server import answers, breaks_off, hangs_up, says
 from wellposed.lens.reasoner import (
     REASONER_INSTRUCTIONS,
     EndpointReasoner,
@@ -105,62 +102,6 @@ def test_an_interruption_is_no_failure():
 
     with pytest.raises(KeyboardInterrupt):
         enhance_prompts(["a red fox"], interrupted)
-
-
-class Endpoint(BaseHTTPRequestHandler):
-    """Chat completions, one prepared answer after the other; the last one for ever."""
-
-    protocol_version = "HTTP/1.1"
-    answers: list[Callable[[Any], None]]
-    requests: list[dict[str, Any]]
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        self.requests.append({"path": self.path, "headers": dict(self.headers), "body": json.loads(body)})
-        (self.answers.pop(0) if len(self.answers) > 1 else self.answers[0])(self)
-
-    do_GET = do_POST
-
-    def send(self, content: bytes, status: int = 200, **headers: str) -> None:
-        self.send_response(status)
-        for name, value in {"Content_Length": str(len(content)), "Connection": "close", **headers}.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *args: object) -> None:
-        """Silent."""
-
-
-@pytest.fixture
-def endpoint() -> Iterator[Any]:
-    handler: Any = type("EndpointHere", (Endpoint,), {"answers": [], "requests": []})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
-    handler.url = f"http://127.0.0.1:{server.server_port}/v1"
-    yield handler
-    server.shutdown()
-    server.server_close()
-    thread.join()
-
-
-def says(content: Any, **choice: Any) -> Callable[[Endpoint], None]:
-    completion = {"choices": [{"index": 0, "message": {"role": "assistant", "content": content}, **choice}]}
-    return lambda handler: handler.send(json.dumps(completion).encode(), Content_Type="application/json")
-
-
-def answers(status: int, content: bytes = b"", **headers: str) -> Callable[[Endpoint], None]:
-    return lambda handler: handler.send(content, status, **headers)
-
-
-def hangs_up(handler: Endpoint) -> None:
-    handler.close_connection = True
-    handler.connection.close()
-
-
-def breaks_off(handler: Endpoint) -> None:
-    handler.send(b'{"choices"', Content_Length="1000")
 
 
 def reasoner(endpoint: Any, **fields: Any) -> EndpointReasoner:

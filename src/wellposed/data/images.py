@@ -26,7 +26,10 @@ __all__ = [
     "PixelSource",
     "ResizeFilter",
     "StoredPixels",
+    "coin_flips",
+    "hashed_bits",
     "image_folder",
+    "opaque",
     "read_picture",
 ]
 
@@ -112,7 +115,7 @@ class Framing:
 
     def apply(self, picture: Image.Image) -> np.ndarray:
         """The picture as uint8 of shape (channels, size, size)."""
-        square = _opaque(picture, self.channels).crop(self.box or _central_square(picture.size))
+        square = opaque(picture, self.channels).crop(self.box or _central_square(picture.size))
         if square.size != (self.size, self.size):
             square = square.resize((self.size, self.size), getattr(Image.Resampling, self.resize_filter.upper()))
         return np.asarray(square).reshape(self.size, self.size, self.channels).transpose(2, 0, 1)
@@ -209,7 +212,7 @@ class ImageDataset:
             )
         images = _to_float(self.source.read(positions))
         if self.crop is not None:
-            images = _cropped(images, self.crop, _hashed(self.seed + 1, positions, epoch))
+            images = _cropped(images, self.crop, hashed_bits(self.seed + 1, positions, epoch))
         if self.flip:
             mirrored = coin_flips(self.seed, positions, epoch)
             images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
@@ -298,17 +301,25 @@ def read_picture(path: str | Path) -> Image.Image:
         raise ValueError(f"{str(path)!r} cannot be read as a picture ({error}); replace or remove the file") from error
 
 
+def opaque(picture: Image.Image, channels: Literal[1, 3] = 3) -> Image.Image:
+    """The picture in RGB (3 channels) or luma (1), white where it is transparent."""
+    if picture.has_transparency_data:
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture.convert("RGBA"))
+    return picture.convert("RGB" if channels == 3 else "L")
+
+
 def coin_flips(seed: int, indices: Int[Tensor, "batch"], epoch: int) -> Shaped[Tensor, "batch"]:
     """One fair bit for each index, a function of (seed, index, epoch).
 
     A counter-based hash (the finaliser of SplitMix64, Steele, Lea and Flood 2014, applied after each of the three
     numbers) rather than a generator: a generator would tie the bit to the order in which images are drawn.
     """
-    return torch.from_numpy((_hashed(seed, indices, epoch) >> np.uint64(63)).astype(bool))
+    return torch.from_numpy((hashed_bits(seed, indices, epoch) >> np.uint64(63)).astype(bool))
 
 
-def _hashed(seed: int, indices: Int[Tensor, "batch"], epoch: int) -> np.ndarray:
-    """64 bits for each index; see :func:`coin_flips`."""
+def hashed_bits(seed: int, indices: Int[Tensor, "batch"], epoch: int) -> np.ndarray:
+    """64 bits for each index, uint64; see :func:`coin_flips`."""
     state = np.zeros(len(indices), dtype=np.uint64)
     for word in (np.full(len(indices), seed), np.full(len(indices), epoch), indices.numpy()):
         state = state + word.astype(np.int64).view(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
@@ -340,10 +351,3 @@ def _central_square(size: tuple[int, int]) -> tuple[int, int, int, int]:
     side = min(width, height)
     left, top = (width - side) // 2, (height - side) // 2
     return left, top, left + side, top + side
-
-
-def _opaque(picture: Image.Image, channels: int) -> Image.Image:
-    if picture.has_transparency_data:
-        white = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(white, picture.convert("RGBA"))
-    return picture.convert("RGB" if channels == 3 else "L")

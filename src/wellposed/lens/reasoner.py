@@ -13,23 +13,16 @@ The instructions are written anew after the paper's description of what they ask
 variants tuned to single benchmarks, are not here.
 """
 
-import email.utils
-import itertools
-import json
 import logging
 import re
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from email.message import Message
-from http.client import HTTPException
 from typing import Any
 
 import torch
 from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerFast
+
+from wellposed.lens.chat_endpoint import ChatEndpoint
 
 __all__ = ["REASONER_INSTRUCTIONS", "EndpointReasoner", "LocalReasoner", "enhance_prompts", "read_answer"]
 
@@ -55,10 +48,6 @@ State facts. Nothing is likely, optional or one of two. Do not address the user,
 no headings, lists or markup.
 
 Write in the language of the request."""
-
-RETRIED_STATUS = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
-MAX_ANSWER_BYTES = 4 << 20
-CHUNK_BYTES = 1 << 16
 
 QUOTES = {'"': '"', "'": "'", "“": "”", "‘": "’", "«": "»", "「": "」", "『": "』", "`": "`"}
 
@@ -164,15 +153,9 @@ class EndpointReasoner:
         """Check.
 
         Raises:
-            ValueError: an address that is none, no model, a timeout or a number of retries out of range.
+            ValueError: see :class:`ChatEndpoint`.
         """
-        if not self.base_url.startswith(("http://", "https://")):
-            raise ValueError(f"base_url is {self.base_url!r}; write it with http:// or https://, up to /v1")
-        if not self.model or self.timeout <= 0 or self.retries < 0 or self.max_wait < 0:
-            raise ValueError(
-                f"got model {self.model!r}, timeout {self.timeout}, retries {self.retries}, max_wait {self.max_wait}; "
-                "give a name, a positive timeout, and at least 0 of the others"
-            )
+        self._endpoint()
 
     def __call__(self, prompt: str) -> str:
         """The raw answer to a prompt.
@@ -181,50 +164,18 @@ class EndpointReasoner:
             OSError: the server does not answer, or with an error.
             ValueError: its answer is none of a chat completion, or was cut off.
         """
-        request = self._request(prompt)
-        for attempt in itertools.count():
-            wait = None
-            try:
-                return _content(self._exchange(request))
-            except urllib.error.HTTPError as error:
-                wait = _retry_after(error.headers)
-                with error:
-                    reason = f"{error.code} {error.reason}: {error.read(500).decode(errors='replace')}"
-                if error.code not in RETRIED_STATUS or attempt == self.retries:
-                    raise OSError(f"{self.base_url} answered {reason}") from None
-            except (OSError, HTTPException) as error:
-                reason = str(error)
-                if attempt == self.retries:
-                    raise OSError(f"{self.base_url} did not answer: {reason}") from error
-            pause = min(self.max_wait, 2.0**attempt if wait is None else wait)
-            logger.info("%s: %s; asking again in %.1f s", self.base_url, reason, pause)
-            time.sleep(pause)
-        raise AssertionError("counting ends")
-
-    def _request(self, prompt: str) -> urllib.request.Request:
         messages = [{"role": "system", "content": self.instructions}, {"role": "user", "content": prompt}]
-        body = {"model": self.model, "messages": messages, **self.parameters}
-        headers = {"Content-Type": "application/json", "Accept": "application/json"}
-        if self.api_key:
-            headers["Authorization"] = f"Bearer {self.api_key}"
-        return urllib.request.Request(
-            f"{self.base_url.rstrip('/')}/chat/completions", data=json.dumps(body).encode(), headers=headers
-        )
+        return self._endpoint().complete(messages, self.parameters).whole()
 
-    def _exchange(self, request: urllib.request.Request) -> bytes:
-        # The timeout of a socket is for each of its reads; a server that sends a byte now and then would never end.
-        deadline = time.monotonic() + self.timeout
-        content = bytearray()
-        with urllib.request.build_opener(_NoRedirects).open(request, timeout=self.timeout) as response:
-            while chunk := response.read1(CHUNK_BYTES):
-                content += chunk
-                if len(content) > MAX_ANSWER_BYTES:
-                    raise ValueError(f"{self.base_url} answered with more than {MAX_ANSWER_BYTES >> 20} MB")
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"no complete answer within {self.timeout:g} s")
-            if response.length:
-                raise ConnectionError(f"the answer broke off {response.length} bytes before its end")
-        return bytes(content)
+    def _endpoint(self) -> ChatEndpoint:
+        return ChatEndpoint(
+            base_url=self.base_url,
+            model=self.model,
+            api_key=self.api_key,
+            timeout=self.timeout,
+            retries=self.retries,
+            max_wait=self.max_wait,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -293,43 +244,6 @@ class LocalReasoner:
         if len(tokens[0]) == asked + self.max_new_tokens and int(tokens[0, -1]) not in _end_tokens(model):
             raise ValueError(f"the answer did not end within {self.max_new_tokens} tokens; raise max_new_tokens")
         return answer
-
-
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """A redirected request would take the key along to wherever it is sent."""
-
-    def redirect_request(self, *arguments: Any, **more: Any) -> None:
-        return None
-
-
-def _content(body: bytes) -> str:
-    """What the assistant says in a chat completion."""
-    try:
-        choice = json.loads(body)["choices"][0]
-        content = choice["message"]["content"]
-    except (ValueError, LookupError, TypeError) as error:
-        raise ValueError(f"the answer is no chat completion: {body[:200]!r}") from error
-    if choice.get("finish_reason") == "length":
-        raise ValueError("the answer was cut off at its limit of tokens; raise max_tokens in parameters")
-    if content is not None and not isinstance(content, str):
-        raise ValueError(f"the answer's content is {type(content).__name__}, expected text")
-    return content or ""
-
-
-def _retry_after(headers: Message) -> float | None:
-    """Seconds that a server asks to wait: a number, or a date."""
-    value = headers.get("Retry-After", "")
-    try:
-        return max(0.0, float(value))
-    except ValueError:
-        pass
-    try:
-        moment = email.utils.parsedate_to_datetime(value)
-    except (TypeError, ValueError):
-        return None
-    if moment.tzinfo is None:
-        moment = moment.replace(tzinfo=UTC)
-    return max(0.0, (moment - datetime.now(UTC)).total_seconds())
 
 
 def _end_tokens(model: Any) -> list[int]:
