@@ -59,22 +59,7 @@ class TextImageBatch:
     Attributes:
         images: pixel values in [-1, 1], channels first.
         captions: one for each.
-        weight: of this share in the mean over the shares of its step.
-    """
-
-    images: Float[Tensor, "batch channels height width"]
-    captions: tuple[str, ...]
-    weight: float = 1.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextImageBatch:
-    """Images of one size with what is said of them.
-
-    Attributes:
-        images: pixel values in [-1, 1], channels first.
-        captions: one for each image.
-        weight: of this batch in the mean over the shares of a step; the mean of all shares' weights is 1.
+        weight: of this share in the mean over the shares of its step; the mean of all their weights is 1.
     """
 
     images: Float[Tensor, "batch channels height width"]

@@ -4,13 +4,18 @@ import math
 
 import pytest
 
-from wellposed.lens.presets import RELEASES, SIZES, check_size, nearest_size, preset_size
+from wellposed.lens.presets import RELEASES, SIZES, TRAINING_BUCKETS, check_size, nearest_size, preset_size
 from wellposed.lens.scheduler import shift_mu
 
 # Height x width, as the published code has them.
 PUBLISHED = {
     1024: "1472x736 1376x768 1248x832 1152x864 1024x1024 864x1152 832x1248 768x1376 736x1472",
     1440: "2080x1040 1936x1088 1760x1168 1616x1216 1440x1440 1216x1616 1168x1760 1088x1936 1040x2080",
+}
+IN_TRAINING = {  # height x width of the upright half
+    512: "704x352 672x384 640x416 608x448 512x512",
+    768: "1088x544 1024x576 960x640 896x672 768x768",
+    1024: "1472x736 1376x768 1248x832 1152x864 1024x1024",
 }
 RATIOS = ("1:2", "9:16", "2:3", "3:4", "1:1", "4:3", "3:2", "16:9", "2:1")
 
@@ -61,3 +66,16 @@ def test_other_sizes() -> None:
         preset_size("5:4")
     with pytest.raises(ValueError, match="at 1024 or 1440"):
         preset_size("1:1", 2048)
+
+
+def test_training_buckets_are_the_published_ones() -> None:
+    for base, upright in IN_TRAINING.items():
+        sizes = {tuple(map(int, size.split("x"))) for size in upright.split()}
+        assert set(TRAINING_BUCKETS.by_base[base]) == sizes | {size[::-1] for size in sizes}
+        assert len(TRAINING_BUCKETS.by_base[base]) == 9
+    assert len(TRAINING_BUCKETS.shapes) == 27
+    assert all(side % 32 == 0 for _, size in TRAINING_BUCKETS.shapes for side in size)
+    assert TRAINING_BUCKETS.batch_sizes == {512: 24, 768: 10, 1024: 6}
+    tokens = [size.height * size.width // 256 for _, size in TRAINING_BUCKETS.shapes]
+    assert (min(tokens), max(tokens)) == (968, 4232)
+    assert set(TRAINING_BUCKETS.by_base[1024]) == set(SIZES[1024].values())

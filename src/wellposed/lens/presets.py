@@ -6,25 +6,25 @@ published shift breaks off (:mod:`wellposed.lens.scheduler`). A size of one's ow
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
-__all__ = ["RELEASES", "SIZES", "Release", "SamplingSettings", "Size", "check_size", "nearest_size", "preset_size"]
+from wellposed.data.buckets import Buckets, Size
+
+__all__ = [
+    "RELEASES",
+    "SIZES",
+    "TRAINING_BUCKETS",
+    "Release",
+    "SamplingSettings",
+    "Size",
+    "check_size",
+    "nearest_size",
+    "preset_size",
+]
 
 SIDE = 16  # pixels to a side of a token
 
 Release = Literal["base", "rl", "turbo"]
-
-
-class Size(NamedTuple):
-    """Pixels, height first.
-
-    Attributes:
-        height: rows.
-        width: columns.
-    """
-
-    height: int
-    width: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +62,23 @@ def _both_orientations(upright: dict[str, tuple[int, int]]) -> dict[str, Size]:
 
 SIZES: dict[int, dict[str, Size]] = {base: _both_orientations(upright) for base, upright in _UPRIGHT.items()}
 """By base resolution and by ratio, width to height: ``SIZES[1024]["16:9"]`` is ``(768, 1376)``."""
+
+# Height and width; the other orientations follow.
+_UPRIGHT_IN_TRAINING: dict[int, tuple[tuple[int, int], ...]] = {
+    512: ((704, 352), (672, 384), (640, 416), (608, 448), (512, 512)),
+    768: ((1088, 544), (1024, 576), (960, 640), (896, 672), (768, 768)),
+    1024: ((1472, 736), (1376, 768), (1248, 832), (1152, 864), (1024, 1024)),
+}
+
+TRAINING_BUCKETS = Buckets(
+    by_base={
+        base: tuple(dict.fromkeys([Size(*size) for size in upright] + [Size(*size[::-1]) for size in upright[::-1]]))
+        for base, upright in _UPRIGHT_IN_TRAINING.items()
+    },
+    batch_sizes={512: 24, 768: 10, 1024: 6},
+)
+"""The 27 shapes of training in mixed resolutions, all made of multiples of 32, and images per device such that steps at
+the three bases take about equally long."""
 
 
 def preset_size(aspect_ratio: str = "1:1", base_resolution: int = 1024) -> Size:
