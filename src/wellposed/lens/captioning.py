@@ -1,14 +1,41 @@
-"""Captions: what is asked for, what comes back, and what it cost.
+"""Captions: what is asked for, what comes back, what it cost, and captions that are there already.
 
 A *captioner* is any function from requests to results in the same order; a picture without a caption is a result with
-an error, so that one bad answer loses nothing.
+an error, so that one bad answer loses nothing. Three are here and in two modules above: :class:`MetadataCaptioner`
+takes the caption from what is known of the sample, :class:`~wellposed.lens.endpoint_captioner.EndpointCaptioner` asks
+a server, :class:`~wellposed.lens.local_captioner.LocalCaptioner` a model in memory.
+
+Lens was trained on dense captions only: English, one paragraph, under 500 words, 109 on average (arXiv 2605.21573,
+section 3.1). :class:`CaptionStatistics` says how dense a set of captions is, and what it cost.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, Self, runtime_checkable
 
-__all__ = ["CaptionRequest", "CaptionResult", "Captioner"]
+__all__ = [
+    "PUBLISHED_MEAN_WORDS",
+    "USUAL_WORDS",
+    "CaptionRequest",
+    "CaptionResult",
+    "CaptionStatistics",
+    "Captioner",
+    "MetadataCaptioner",
+    "word_count",
+    "words_of",
+]
+
+PUBLISHED_MEAN_WORDS = 109
+USUAL_WORDS = (20, 40)
+
+# Ideographs, kana and their marks of repetition and length; Korean has blanks between its words.
+_CJK = (
+    r"\u3005-\u3007\u3041-\u3096\u3099-\u309f\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff"
+    r"\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
+)
+_PIECES = re.compile(rf"[{_CJK}]|[^\s{_CJK}]+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +61,8 @@ class CaptionResult:
         key: of the request.
         text: the caption; None if there is none.
         error: None if there is a caption. Otherwise ``reason: details``, where the reason is one of a few, for counts.
-        seconds: spent on this request.
+            The reason ``not sent`` says nothing against the picture: nobody was asked, and may be asked later.
+        seconds: from taking up this request to its result, all waiting included.
         prompt_tokens: read by the model, over all attempts.
         completion_tokens: written by the model, over all attempts.
         cost: of those tokens, in the currency of the captioner's prices.
@@ -59,6 +87,11 @@ class CaptionResult:
                 f"result {self.key!r} has text {self.text!r} and error {self.error!r}; give exactly one of them"
             )
 
+    @property
+    def reason(self) -> str | None:
+        """The error without its details."""
+        return None if self.error is None else self.error.partition(":")[0]
+
 
 @runtime_checkable
 class Captioner(Protocol):
@@ -67,3 +100,192 @@ class Captioner(Protocol):
     def __call__(self, requests: Sequence[CaptionRequest], /) -> list[CaptionResult]:
         """Raises only where nothing can go on, such as for a wrong key; whatever befalls one picture is its result."""
         ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetadataCaptioner:
+    """Takes captions from what is known of the samples: of rendered pictures, of folders with a text to each picture.
+
+    Attributes:
+        source: name of the field with the caption, or several, of which the first that is there counts, or a function
+            from the metadata to the caption.
+    """
+
+    source: str | tuple[str, ...] | Callable[[Mapping[str, Any]], str] = "caption"
+
+    def __post_init__(self) -> None:
+        """Check.
+
+        Raises:
+            ValueError: no name.
+        """
+        if not self.source:
+            raise ValueError(f"source is {self.source!r}; name a field of the metadata, or give a function of them")
+
+    def __call__(self, requests: Sequence[CaptionRequest]) -> list[CaptionResult]:
+        """A result for each request; a missing caption, one that is no text or has no letters is an error."""
+        return [self._result(request) for request in requests]
+
+    def _result(self, request: CaptionRequest) -> CaptionResult:
+        try:
+            return CaptionResult(key=request.key, text=_text(self._caption(request.metadata)))
+        except Exception as error:  # a function of the user's may raise anything
+            return CaptionResult(key=request.key, error=f"no caption: {type(error).__name__}: {error}")
+
+    def _caption(self, metadata: Mapping[str, Any]) -> Any:
+        if callable(self.source):
+            return self.source(metadata)
+        names = (self.source,) if isinstance(self.source, str) else self.source
+        for name in names:
+            if name in metadata:
+                return metadata[name]
+        raise LookupError(f"the metadata have {sorted(metadata)}, not {' or '.join(names)}")
+
+
+def _text(caption: Any) -> str:
+    if not isinstance(caption, str):
+        raise TypeError(f"the caption is {type(caption).__name__}, expected text")
+    if not any(letter.isalpha() for letter in caption):
+        raise ValueError(f"the caption {caption[:40]!r} has no letters")
+    return caption.strip()
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a text in any language.
+
+    Words are what blanks separate, if there is a letter or digit in it, so that a dash between blanks is none and
+    ``red-and-white`` is one. Chinese and Japanese have no blanks between words: there each ideograph and each kana is
+    one. That is more than a dictionary would find, so counts compare within a language.
+    """
+    return [piece for piece in _PIECES.findall(text) if any(sign.isalnum() for sign in piece)]
+
+
+def word_count(text: str) -> int:
+    """How many words a text has; see :func:`words_of` for the rule."""
+    return len(words_of(text))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionStatistics:
+    """What captioners have done. Those of two parts of a set add up to those of the whole.
+
+    Attributes:
+        words: how many captions have how many words.
+        failures: how many requests have no caption, by reason.
+        prompt_tokens: read by models.
+        completion_tokens: written by models.
+        cost: in the currency of the captioner's prices.
+        request_seconds: of all requests together, however many were under way at a time.
+        elapsed_seconds: by the clock on the wall.
+    """
+
+    words: Mapping[int, int] = field(default_factory=dict)
+    failures: Mapping[str, int] = field(default_factory=dict)
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cost: float = 0.0
+    request_seconds: float = 0.0
+    elapsed_seconds: float = 0.0
+
+    @classmethod
+    def of(cls, results: Iterable[CaptionResult], *, elapsed_seconds: float | None = None) -> Self:
+        """Those of some results.
+
+        Args:
+            results: of one or more calls.
+            elapsed_seconds: that these calls took; None if requests were answered one after the other.
+        """
+        results = list(results)
+        request_seconds = sum(result.seconds for result in results)
+        return cls(
+            words=dict(Counter(word_count(result.text) for result in results if result.text)),
+            failures=dict(Counter(result.reason for result in results if result.reason)),
+            prompt_tokens=sum(result.prompt_tokens for result in results),
+            completion_tokens=sum(result.completion_tokens for result in results),
+            cost=sum(result.cost for result in results),
+            request_seconds=request_seconds,
+            elapsed_seconds=request_seconds if elapsed_seconds is None else elapsed_seconds,
+        )
+
+    def __add__(self, other: "CaptionStatistics") -> "CaptionStatistics":
+        return CaptionStatistics(
+            words=dict(Counter(self.words) + Counter(other.words)),
+            failures=dict(Counter(self.failures) + Counter(other.failures)),
+            prompt_tokens=self.prompt_tokens + other.prompt_tokens,
+            completion_tokens=self.completion_tokens + other.completion_tokens,
+            cost=self.cost + other.cost,
+            request_seconds=self.request_seconds + other.request_seconds,
+            elapsed_seconds=self.elapsed_seconds + other.elapsed_seconds,
+        )
+
+    @property
+    def captions(self) -> int:
+        """How many captions there are."""
+        return sum(self.words.values())
+
+    @property
+    def total_words(self) -> int:
+        """Words of all captions."""
+        return sum(count * captions for count, captions in self.words.items())
+
+    @property
+    def mean_words(self) -> float | None:
+        """Words of a caption, on average; None without captions. Published: 109, where 20 to 40 are usual."""
+        return self.total_words / self.captions if self.captions else None
+
+    @property
+    def captions_per_second(self) -> float | None:
+        """By the clock on the wall; None if no time has passed."""
+        return self.captions / self.elapsed_seconds if self.elapsed_seconds else None
+
+    def percentile(self, percent: float) -> int | None:
+        """The least number of words that at least ``percent`` of all captions do not exceed; None without captions.
+
+        Raises:
+            ValueError: percent outside [0, 100].
+        """
+        if not 0 <= percent <= 100:
+            raise ValueError(f"percent is {percent}; give 0 to 100")
+        within = 0
+        for count in sorted(self.words):
+            within += self.words[count]
+            if 100 * within >= percent * self.captions:
+                return count
+        return None
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as JSON has it, the derived numbers and the published ones among them."""
+        return {
+            "captions": self.captions,
+            "failed": sum(self.failures.values()),
+            "failures": dict(sorted(self.failures.items())),
+            "words": {str(count): self.words[count] for count in sorted(self.words)},
+            "total_words": self.total_words,
+            "mean_words": self.mean_words,
+            "median_words": self.percentile(50),
+            "percentiles_words": {str(percent): self.percentile(percent) for percent in (1, 5, 25, 75, 95, 99)},
+            "published_mean_words": PUBLISHED_MEAN_WORDS,
+            "usual_words": list(USUAL_WORDS),
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "cost": self.cost,
+            "request_seconds": self.request_seconds,
+            "elapsed_seconds": self.elapsed_seconds,
+            "captions_per_second": self.captions_per_second,
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """The inverse of :meth:`to_json`.
+
+        Raises:
+            KeyError: a value is missing.
+        """
+        return cls(
+            words={int(count): captions for count, captions in values["words"].items()},
+            failures=dict(values["failures"]),
+            **{
+                name: values[name]
+                for name in ("prompt_tokens", "completion_tokens", "cost", "request_seconds", "elapsed_seconds")
+            },
+        )
