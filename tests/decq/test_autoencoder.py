@@ -1,5 +1,6 @@
 """AutoencoderDecQ: without queries it is diffusers' AutoencoderRAE, with them the patches stay what they were."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderRAE, attention_backend
+from diffusers.models.autoencoders.autoencoder_rae import RAEDecoder
 
 from wellposed.decq.autoencoder import AutoencoderDecQ
 from wellposed.decq.encoders import ENCODERS
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+CHANNELS: dict[str, Any] = {"num_queries": None, "query_fusion": "channels", "query_bottleneck_dim": 6}
 Build = Callable[..., AutoencoderDecQ]
 
 
@@ -61,11 +64,15 @@ def test_a_truncated_checkpoint_is_an_error(build: Build, tmp_path: Path) -> Non
         AutoencoderDecQ.from_pretrained(tmp_path)
 
 
+def without_queries(build: Build, model: AutoencoderDecQ, **fields: Any) -> AutoencoderDecQ:
+    plain = build(num_queries=0, **fields)
+    plain.load_state_dict({name: model.state_dict()[name] for name in plain.state_dict()})
+    return plain
+
+
 def test_queries_leave_the_patches_alone(build: Build, images: torch.Tensor) -> None:
-    with_queries = build()
-    without = build(num_queries=0)
-    without.load_state_dict({name: with_queries.state_dict()[name] for name in without.state_dict()})
-    assert torch.equal(with_queries.encode(images).latent, without.encode(images).latent)
+    model = build()
+    assert torch.equal(model.encode(images).latent, without_queries(build, model).encode(images).latent)
 
 
 @pytest.mark.parametrize("encoder", sorted(ENCODERS))
@@ -78,8 +85,9 @@ def test_every_encoder(build: Build, images: torch.Tensor, encoder: str, context
     assert model.decode(code.latent, code.query_latent).sample.shape == (3, 3, 64, 64)
 
 
-def test_gradients_reach_everything_but_the_encoder(build: Build, images: torch.Tensor) -> None:
-    model = build(noise_tau=0.8).train()
+@pytest.mark.parametrize("fields", [{}, CHANNELS], ids=["tokens", "channels"])
+def test_gradients_reach_everything_but_the_encoder(build: Build, images: torch.Tensor, fields: dict[str, Any]) -> None:
+    model = build(noise_tau=0.8, **fields).train()
     model.enable_gradient_checkpointing()
     (model(images).sample - images.mean()).square().mean().backward()
     assert all(p.grad is None for p in model.encoder.parameters())
@@ -141,8 +149,9 @@ def test_packing_is_undone(build: Build, images: torch.Tensor) -> None:
     assert torch.equal(queries, code.query_latent)
 
 
-def test_slicing_changes_nothing(build: Build, images: torch.Tensor) -> None:
-    model = build()
+@pytest.mark.parametrize("fields", [{}, CHANNELS], ids=["tokens", "channels"])
+def test_slicing_changes_nothing(build: Build, images: torch.Tensor, fields: dict[str, Any]) -> None:
+    model = build(**fields)
     whole = model(images).sample
     model.enable_slicing()
     torch.testing.assert_close(model(images).sample, whole)
@@ -187,6 +196,12 @@ def test_a_published_encoder_is_taken_over(build: Build, images: torch.Tensor, t
         ({"encoder_type": "vgg"}, "register_encoder"),
         ({"num_queries": -1}, "plain RAE"),
         ({"condenser_context": "cls"}, '"patch" or "all"'),
+        ({"query_fusion": "sum"}, '"tokens" or "channels"'),
+        ({"query_bottleneck_dim": 6}, 'leave it out, or write query_fusion="channels"'),
+        ({**CHANNELS, "num_queries": 8}, "each of the 16 patches has one: give 16, or None"),
+        ({**CHANNELS, "query_bottleneck_dim": None}, "give 3 to 64 channels"),
+        ({**CHANNELS, "query_bottleneck_dim": 2}, "query_bottleneck_dim is 2; give 3 to 64"),
+        ({**CHANNELS, "query_bottleneck_dim": 65}, "query_bottleneck_dim is 65; give 3 to 64"),
         ({"num_summed_layers": 5}, "blocks 1 to 4"),
         ({"decoder_position_range": 0}, "decoder_position_range"),
         ({"condenser_num_heads": 3}, "does not divide"),
@@ -340,12 +355,12 @@ def test_weights_kept_in_eight_bits(build: Build, images: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("offload_type", ["block_level", "leaf_level"])
-@pytest.mark.parametrize("num_queries", [0, 3])
+@pytest.mark.parametrize("fields", [{"num_queries": 0}, {}, CHANNELS], ids=["none", "tokens", "channels"])
 def test_offloaded_in_groups(
-    build: Build, images: torch.Tensor, tmp_path: Path, offload_type: str, num_queries: int
+    build: Build, images: torch.Tensor, tmp_path: Path, offload_type: str, fields: dict[str, Any]
 ) -> None:
     """To disk: a tensor that is not brought back in time holds nothing."""
-    model = build(num_queries=num_queries)
+    model = build(**fields)
     code, sample = model.encode(images).to_tuple(), model(images).sample
     cpu = torch.device("cpu")
     model.enable_group_offload(
@@ -390,6 +405,147 @@ def test_blocks_stay_on_one_device(build: Build) -> None:
     blocks = set(build()._get_no_split_modules("auto"))
     assert {"ViTMAELayer", "Condenser", "Dinov2WithRegistersLayer"} <= blocks
     assert blocks <= {type(module).__name__ for module in build().modules()} | {"Dinov2WithRegistersEmbeddings"}
+
+
+# --- queries as channels of the patches
+
+
+@pytest.mark.parametrize("reshape_to_2d", [False, True])
+def test_channels_of_queries_stand_behind_those_of_the_patches(
+    build: Build, images: torch.Tensor, reshape_to_2d: bool
+) -> None:
+    model = build(**CHANNELS, reshape_to_2d=reshape_to_2d)
+    assert (model.config["num_queries"], model.num_query_tokens, model.latent_channels) == (16, 0, 70)
+    (latent,) = model.encode(images, return_dict=False)
+    assert latent.shape == ((3, 70, 4, 4) if reshape_to_2d else (3, 16, 70))
+    assert model.encode(images).query_latent is None
+    tokens = model.pack(latent)
+    assert tokens.shape == (3, 16, 70)
+    assert torch.equal(model.unpack(tokens)[0], latent) and model.unpack(tokens)[1] is None
+    plain = without_queries(build, model, reshape_to_2d=reshape_to_2d)
+    assert torch.equal(tokens[..., :64], plain.pack(plain.encode(images).latent))
+    queries = model.condensers(model.tapped(model.encoder_tokens(images)))
+    # Statistics of no images still divide by 1 + 1e-5.
+    torch.testing.assert_close(tokens[..., 64:] * (1 + 1e-5), queries, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(queries.mean(-1), torch.zeros(3, 16), rtol=0, atol=1e-5)
+    torch.testing.assert_close(queries.var(-1, correction=0), torch.ones(3, 16), rtol=0, atol=1e-3)
+    assert (queries[:, 1:] - queries[:, :-1]).abs().amax(-1).min() > 1e-3, "each patch has its own"
+
+
+def test_the_decoder_reads_all_channels_by_one_matrix(build: Build, images: torch.Tensor) -> None:
+    model = build(**CHANNELS).double()
+    latent = model.encode(images.double()).latent
+    sample = model.decode(latent).sample
+    assert sample.shape == (3, 3, 64, 64)
+    sizes = {name: model.config[name] for name in model.config if name.startswith("decoder_") and "range" not in name}
+    theirs = RAEDecoder(hidden_size=70, num_patches=16, image_size=64, **sizes).double().eval()
+    weights = {name: value for name, value in model.decoder.state_dict().items() if "query" not in name}
+    joined = torch.cat([weights["decoder_embed.weight"], model.decoder.query_embed.weight], dim=1)
+    theirs.load_state_dict({**weights, "decoder_embed.weight": joined}, strict=False)
+    theirs.decoder_pos_embed = model.decoder.decoder_pos_embed
+    pixels = theirs.unpatchify(theirs(latent.flatten(2).transpose(1, 2) * (1 + 1e-5)).logits)
+    torch.testing.assert_close(sample, pixels * model.encoder_std + model.encoder_mean, rtol=1e-9, atol=1e-9)
+    others = torch.cat([latent[:, :64], latent[:, 64:].roll(1, 0)], dim=1)
+    assert ((sample - model.decode(others).sample).flatten(1).abs().amax(1) > 1e-4).all()
+
+
+def test_parameters_of_channels(build: Build) -> None:
+    """Queries, condensers, a bottleneck with a bias, and the decoder's matrix without."""
+    n, d, c, wide = 16, 64, 6, 32
+    more = sum(p.numel() for p in build(**CHANNELS).parameters()) - sum(
+        p.numel() for p in build(num_queries=0).parameters()
+    )
+    assert more == 2 * (12 * d**2 + 15 * d) + n * d + (d * c + c) + c * wide
+
+
+def test_noise_of_channels_is_that_of_the_patches(build: Build, images: torch.Tensor) -> None:
+    """One deviation for each image; the patches' noise is what a plain autoencoder draws from the same generator."""
+    model = build(**CHANNELS, noise_tau=0.8)
+    plain = without_queries(build, model, noise_tau=0.8)
+    clean = model.encode(images).latent
+    noisy, noisy_patches = (
+        one.train().encode(images, generator=[torch.Generator().manual_seed(i) for i in range(3)]).latent
+        for one in (model, plain)
+    )
+    assert torch.equal(noisy[:, :64], noisy_patches)
+    sigma = torch.stack([torch.rand((), generator=torch.Generator().manual_seed(i)) for i in range(3)]) * 0.8
+    torch.testing.assert_close((noisy - clean)[:, 64:].flatten(1).std(1), sigma, rtol=0.25, atol=0)
+
+
+@pytest.mark.parametrize("reshape_to_2d", [False, True])
+def test_channels_are_saved_and_loaded(build: Build, images: torch.Tensor, tmp_path: Path, reshape_to_2d: bool) -> None:
+    model = build(**CHANNELS, reshape_to_2d=reshape_to_2d, scaling_factor=0.7)
+    raw = model.encode(images).latent
+    reconstruction = model.decode(raw).sample
+    model.set_latent_statistics(raw.mean(0) / 0.7, raw.std(0, correction=0) / 0.7)
+    latent = model.encode(images).latent
+    torch.testing.assert_close(latent.mean(0), torch.zeros_like(latent[0]), rtol=0, atol=1e-3)
+    torch.testing.assert_close(latent.std(0, correction=0), torch.full_like(latent[0], 0.7), rtol=0, atol=1e-2)
+    torch.testing.assert_close(model.decode(latent).sample, reconstruction, rtol=0, atol=1e-5)
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert (saved["num_queries"], saved["query_fusion"], saved["query_bottleneck_dim"]) == (16, "channels", 6)
+    assert saved["latents_shape"] == list(latent.shape[1:]) and saved["query_latents_shape"] is None
+    copy = AutoencoderDecQ.from_config(model.config).eval()
+    copy.load_state_dict(model.state_dict())
+    for again in (AutoencoderDecQ.from_pretrained(tmp_path), copy):
+        assert torch.equal(again.encode(images).latent, latent)
+        assert torch.equal(again.decode(latent).sample, model.decode(latent).sample)
+
+
+def test_models_saved_before_there_were_channels(build: Build, images: torch.Tensor, tmp_path: Path) -> None:
+    model = build()
+    assert (model.config["query_fusion"], model.config["query_bottleneck_dim"]) == ("tokens", None)
+    assert not any("bottleneck" in name for name in model.state_dict())
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    before = json.loads(path.read_text())
+    path.write_text(json.dumps({n: v for n, v in before.items() if n not in ("query_fusion", "query_bottleneck_dim")}))
+    assert torch.equal(AutoencoderDecQ.from_pretrained(tmp_path)(images).sample, model(images).sample)
+
+
+def test_channels_of_no_queries_are_the_rae(build: Build, images: torch.Tensor, tmp_path: Path) -> None:
+    plain = build(**{**CHANNELS, "num_queries": 0})
+    assert (plain.latent_channels, plain.num_query_tokens, plain.condensers) == (64, 0, None)
+    plain.save_pretrained(tmp_path, as_rae=True)
+    assert torch.equal(AutoencoderRAE.from_pretrained(tmp_path)(images).sample, plain(images).sample)
+    with pytest.raises(ValueError, match=r"AutoencoderRAE knows no queries \(16 here\)"):
+        build(**CHANNELS).save_pretrained(tmp_path / "channels", as_rae=True)
+
+
+@pytest.mark.parametrize("reshape_to_2d", [False, True])
+def test_an_rae_gets_channels_to_train(sizes: dict[str, Any], images: torch.Tensor, reshape_to_2d: bool) -> None:
+    """Its own keep their statistics and their decoder; with a matrix of zeros the new ones change nothing."""
+    shape = (64, 4, 4) if reshape_to_2d else (16, 64)
+    statistics = {"latents_mean": torch.full(shape, 0.3), "latents_std": torch.full(shape, 1.5)}
+    theirs = rae(sizes, reshape_to_2d=reshape_to_2d, **statistics)
+    ours = AutoencoderDecQ.from_rae(theirs, condenser_layers=(0,), **CHANNELS)
+    patches, latent = theirs.encode(images).latent, ours.encode(images).latent
+    axis = 1 if reshape_to_2d else 2
+    assert torch.equal(latent.narrow(axis, 0, 64), patches)
+    queries = latent.narrow(axis, 64, 6)
+    torch.testing.assert_close(queries.mean(axis), torch.zeros_like(queries.mean(axis)), rtol=0, atol=1e-5)
+    torch.nn.init.zeros_(ours.decoder.query_embed.weight)
+    torch.testing.assert_close(ours.decode(latent).sample, theirs.decode(patches).sample, rtol=0, atol=1e-6)
+
+
+def test_bad_calls_with_channels(build: Build, images: torch.Tensor) -> None:
+    model = build(**CHANNELS)
+    latent = model.encode(images).latent
+    with pytest.raises(ValueError, match=r"expected \(batch, 70, side, side\)"):
+        model.decode(latent[:, :64])
+    with pytest.raises(ValueError, match="no query tokens, leave it out"):
+        model.decode(latent, torch.zeros(3, 16, 6))
+    with pytest.raises(ValueError, match="only to a model with query tokens"):
+        model.set_latent_statistics(torch.zeros(1), torch.ones(1), torch.zeros(1), torch.ones(1))
+    with pytest.raises(ValueError, match=r"must broadcast to \(70, 4, 4\)"):
+        model.set_latent_statistics(torch.zeros(64, 4, 4), torch.ones(64, 4, 4))
+
+
+def test_a_query_for_each_patch_may_be_a_token_too(build: Build, images: torch.Tensor) -> None:
+    model = build(num_queries=None)
+    assert model.config["num_queries"] == model.num_query_tokens == 16
+    assert model.encode(images).query_latent.shape == (3, 16, 64)
 
 
 @pytest.mark.compile

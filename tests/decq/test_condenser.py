@@ -59,6 +59,20 @@ def test_query_latents_are_normalised() -> None:
     torch.testing.assert_close(latents.var(-1, correction=0), torch.ones_like(latents[..., 0]), rtol=0, atol=1e-3)
 
 
+def test_a_bottleneck_comes_after_the_norm_and_before_another() -> None:
+    condensers = DetailCondensers(6, (0,), width=24, heads=3, bottleneck_dim=5).double()
+    tokens = normal(2, 11, 24)
+    queries = condensers.condensers[0](condensers.start(tokens), tokens)
+    normed = torch.nn.functional.layer_norm(queries, (24,), eps=1e-6)
+    reduced = normed @ condensers.bottleneck.weight.T + condensers.bottleneck.bias
+    latents = condensers([tokens])
+    torch.testing.assert_close(latents, torch.nn.functional.layer_norm(reduced, (5,), eps=1e-6))
+    # So that no latent can outgrow the noise of training.
+    condensers.bottleneck.weight.data *= 100
+    condensers.bottleneck.bias.data *= 100
+    torch.testing.assert_close(condensers([tokens]), latents, rtol=1e-4, atol=1e-4)
+
+
 def test_heads_must_divide_the_width() -> None:
     with pytest.raises(ValueError, match="divisors"):
         CondenserAttention(24, 5, 3)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from wellposed.decq.autoencoder import AutoencoderDecQ
-from wellposed.decq.interpret import _tapped, _without, attention_maps, tap_report
+from wellposed.decq.interpret import _without, attention_maps, tap_report
 
 Build = Callable[..., AutoencoderDecQ]
 
@@ -32,6 +32,10 @@ def telling(build: Build) -> Callable[..., AutoencoderDecQ]:
         return model
 
     return make
+
+
+def tapped_tokens(model: AutoencoderDecQ, pictures: torch.Tensor) -> list[torch.Tensor]:
+    return model.tapped(model.encoder_tokens(pictures))
 
 
 def cut_off(model: AutoencoderDecQ, tap: int) -> None:
@@ -64,8 +68,8 @@ def test_leaving_out_no_tap_is_encoding(build: Build, pictures: torch.Tensor, he
     mean, std = (torch.rand(3, 64, generator=generator) + 0.5 for _ in range(2))
     model.set_latent_statistics(torch.zeros(1), torch.ones(1), mean, std)
     with torch.no_grad():
-        tapped = _tapped(model, pictures)
-        whole, first = (_without(model, tapped, tap) for tap in (None, 0))
+        tapped = tapped_tokens(model, pictures)
+        whole, first = (model.normalize_queries(_without(model, tapped, tap)) for tap in (None, 0))
         assert torch.equal(whole, model.encode(pictures).query_latent)
         assert not torch.equal(first, whole)
 
@@ -74,8 +78,7 @@ def test_a_tap_that_is_left_out_is_one_that_is_cut_off(telling: Build, pictures:
     model = telling(condenser_layers=(0, 1, 3))
     before = tap_report(model, pictures)
     with torch.no_grad():
-        tapped = _tapped(model, pictures)
-        without = _without(model, tapped, 1)
+        without = model.normalize_queries(_without(model, tapped_tokens(model, pictures), 1))
         error = (model(pictures).sample - pictures).square().mean()
         cut_off(model, 1)
         torch.testing.assert_close(model.encode(pictures).query_latent, without, rtol=1e-5, atol=1e-5)
@@ -86,6 +89,18 @@ def test_a_tap_that_is_left_out_is_one_that_is_cut_off(telling: Build, pictures:
     assert after.error[1] == pytest.approx(1, abs=1e-6)
     assert before.movement[1] > 0
     assert after.movement[0] > before.movement[0]
+
+
+def test_taps_of_queries_that_are_channels(telling: Build, pictures: torch.Tensor) -> None:
+    model = telling(num_queries=None, query_fusion="channels", query_bottleneck_dim=6)
+    before = tap_report(model, pictures)
+    assert sum(before.movement) == pytest.approx(1, abs=1e-6)
+    assert attention_maps(model, pictures).shape == (2, 3, 16, 4, 4)
+    with torch.no_grad():
+        error = (model(pictures).sample - pictures).square().mean()
+        cut_off(model, 1)
+        worse = (model(pictures).sample - pictures).square().mean()
+    assert before.error[1] == pytest.approx(float(worse / error), rel=1e-4)
 
 
 def test_taps_that_do_nothing_have_no_share(build: Build, pictures: torch.Tensor) -> None:
@@ -100,7 +115,7 @@ def test_movement_is_how_far_queries_go(telling: Build, pictures: torch.Tensor) 
     """By the queries before and after each tap of a model that ends there."""
     model = telling()
     with torch.no_grad():
-        first, second = _tapped(model, pictures)
+        first, second = tapped_tokens(model, pictures)
         start = model.condensers.queries.expand(3, -1, -1)
         middle = model.condensers.condensers[0](start, first)
         end = model.condensers.condensers[1](middle, second)
@@ -117,7 +132,7 @@ def test_attention_maps_are_distributions(telling: Build, pictures: torch.Tensor
     torch.testing.assert_close(maps.sum((-2, -1)), torch.ones(2, 3, 3), rtol=0, atol=1e-6)
     # What queries take from the patches by these weights is what the attention gives, head by head.
     with torch.no_grad():
-        tokens = _tapped(model, pictures)[0]
+        tokens = tapped_tokens(model, pictures)[0]
         condenser = model.condensers.condensers[0]
         queries = condenser.norm_queries(model.condensers.start(tokens))
         weights = condenser.attn.weights(queries, condenser.norm_tokens(tokens))

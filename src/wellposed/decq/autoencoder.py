@@ -8,6 +8,9 @@ patches:
 
 With ``num_queries=0`` this *is* diffusers' ``AutoencoderRAE``: same configuration, same weights, same numbers. The
 decoder's blocks are diffusers' own.
+
+With ``query_fusion="channels"`` there is a query for each patch instead, reduced to c channels, and the latent has no
+further tokens but C + c channels: the paper's ablation "feature concatenation".
 """
 
 from collections.abc import Generator, Mapping, Sequence
@@ -44,7 +47,8 @@ STATISTICS = {"_latents_mean", "_latents_std", "_query_latents_mean", "_query_la
 RAE_ENCODERS = ("dinov2", "siglip2", "mae")
 OUR_FIELDS = (
     *("num_queries", "condenser_layers", "condenser_num_heads", "condenser_mlp_ratio", "condenser_context"),
-    *("num_summed_layers", "encoder_config", "decoder_position_range", "latents_shape", "query_latents_shape"),
+    *("query_fusion", "query_bottleneck_dim", "num_summed_layers", "encoder_config", "decoder_position_range"),
+    *("latents_shape", "query_latents_shape"),
 )
 
 Model = TypeVar("Model", bound=ModelMixin)
@@ -56,8 +60,9 @@ class DecQEncoderOutput(BaseOutput):
     """What images become.
 
     Attributes:
-        latent: patch latents, (batch, C, h, w), or (batch, h w, C) without ``reshape_to_2d``.
-        query_latent: query latents, (batch, K, C); None where K = 0.
+        latent: patch latents, (batch, C, h, w), or (batch, h w, C) without ``reshape_to_2d``; C + c channels where
+            queries are channels.
+        query_latent: query latents, (batch, K, C); None where K = 0, and where queries are channels.
     """
 
     latent: Tensor
@@ -65,10 +70,13 @@ class DecQEncoderOutput(BaseOutput):
 
 
 class DecQDecoder(RAEDecoder):
-    """diffusers' ``RAEDecoder`` with further tokens behind the patches. Without them it does what that does.
+    """diffusers' ``RAEDecoder`` with further tokens behind the patches, or further channels of the patches.
+
+    Without either it does what that does.
 
     Args:
-        num_queries: K.
+        num_queries: K, of tokens.
+        query_channels: c, of further channels.
         hidden_size: C, of patches and queries.
         decoder_hidden_size: width of the blocks.
         grid: patches in a row.
@@ -77,10 +85,18 @@ class DecQDecoder(RAEDecoder):
     """
 
     def __init__(
-        self, num_queries: int, hidden_size: int, decoder_hidden_size: int, grid: int, position_range: int, **sizes: Any
+        self,
+        num_queries: int,
+        query_channels: int,
+        hidden_size: int,
+        decoder_hidden_size: int,
+        grid: int,
+        position_range: int,
+        **sizes: Any,
     ) -> None:
         super().__init__(hidden_size=hidden_size, decoder_hidden_size=decoder_hidden_size, num_patches=grid**2, **sizes)
         self.num_queries = num_queries
+        self.query_channels = query_channels
         positions = get_2d_sincos_pos_embed(
             decoder_hidden_size, grid, cls_token=True, extra_tokens=1, base_size=position_range, output_type="pt"
         )
@@ -88,15 +104,18 @@ class DecQDecoder(RAEDecoder):
         if num_queries:
             self.query_embed = nn.Linear(hidden_size, decoder_hidden_size)
             self.query_pos_embed = nn.Parameter(QUERY_STD * torch.randn(num_queries, decoder_hidden_size))
+        if query_channels:
+            # Beside the patches' own matrix, which has the bias of both: one matrix for all channels, in two parts.
+            self.query_embed = nn.Linear(query_channels, decoder_hidden_size, bias=False)
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
-        hidden_states: Float[Tensor, "batch patches width"],
+        hidden_states: Float[Tensor, "batch patches channels"],
         query_states: Float[Tensor, "batch queries width"] | None = None,
     ) -> Float[Tensor, "batch cells pixels"]:
         """Pixels of each patch, in the encoder's normalisation."""
         # Other grids are resized as latents, which must leave the queries alone.
-        patches = self.interpolate_latent(self.decoder_embed(hidden_states))
+        patches = self.interpolate_latent(self._embedded(hidden_states))
         start = self.trainable_cls_token.expand(len(patches), -1, -1)
         positions = cast(Tensor, self.decoder_pos_embed)
         hidden = torch.cat([start, patches], dim=1) + positions.to(patches.device, patches.dtype)
@@ -111,6 +130,12 @@ class DecQDecoder(RAEDecoder):
                 hidden = layer(hidden)
         return self.decoder_pred(self.decoder_norm(hidden[:, :length]))[:, 1:]
 
+    def _embedded(self, patches: Tensor) -> Tensor:
+        if not self.query_channels:
+            return self.decoder_embed(patches)
+        patches, queries = patches.split([patches.shape[-1] - self.query_channels, self.query_channels], dim=-1)
+        return self.decoder_embed(patches) + self.query_embed(queries)
+
 
 @saved_class
 class AutoencoderDecQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin):
@@ -122,7 +147,7 @@ class AutoencoderDecQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin)
     Args:
         encoder_type: "dinov2", "dinov2_plain", "dinov3", "siglip2", "mae", or what
             :func:`wellposed.decq.encoders.register_encoder` was told.
-        encoder_hidden_size: C, its width and that of the latents.
+        encoder_hidden_size: C, its width and that of the latents (see ``query_fusion``).
         encoder_patch_size: side of its patches, in pixels.
         encoder_num_hidden_layers: its blocks.
         decoder_hidden_size: width of the decoder.
@@ -142,11 +167,15 @@ class AutoencoderDecQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin)
         reshape_to_2d: whether patch latents are a picture, (batch, C, h, w).
         use_encoder_loss: unused, as in ``AutoencoderRAE``.
         scaling_factor: of all latents.
-        num_queries: K; 0 for a plain representation autoencoder.
+        num_queries: K; 0 for a plain representation autoencoder, None for one for each patch.
         condenser_layers: tapped layers, increasing; l is the input of block l, 0 the patch embedding.
         condenser_num_heads: heads of the condensers; None for one for each 64 channels.
         condenser_mlp_ratio: hidden width of their MLPs, in widths.
         condenser_context: what queries read: "patch" tokens, or "all" of the encoder's (class and registers too).
+        query_fusion: what queries are in the latent: "tokens" behind the patches, or "channels" of the patches, for
+            which there must be one for each patch.
+        query_bottleneck_dim: c, to which queries that are channels are reduced, and then normalised again: latents have
+            C + c channels. None, and only then, for tokens.
         num_summed_layers: k, the patch latents are the sum of the encoder's last k layers, each normalised, normalised
             again (the idea of RAEv2, arXiv 2605.18324; that each is normalised first is ours). 1 is the last layer.
         encoder_config: entries of the encoder's configuration that differ from the usual.
@@ -155,6 +184,11 @@ class AutoencoderDecQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin)
             one for 32 in a row needs 32.
         latents_shape: shape of the patch latents' statistics; set by :meth:`set_latent_statistics`.
         query_latents_shape: shape of the query latents' statistics; likewise.
+
+    Attributes:
+        grid: patches in a row.
+        latent_channels: C, or C + c where queries are channels.
+        num_query_tokens: K, or 0 where queries are channels.
 
     Raises:
         ValueError: sizes that do not fit one another, layers that the encoder does not have, an unknown encoder.
@@ -189,11 +223,13 @@ class AutoencoderDecQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin)
         reshape_to_2d: bool = True,
         use_encoder_loss: bool = False,
         scaling_factor: float | int = 1.0,
-        num_queries: int = 8,
+        num_queries: int | None = 8,
         condenser_layers: Sequence[int] = (0, 3, 6, 9),
         condenser_num_heads: int | None = None,
         condenser_mlp_ratio: float | int = 4.0,
         condenser_context: str = "patch",
+        query_fusion: str = "tokens",
+        query_bottleneck_dim: int | None = None,
         num_summed_layers: int = 1,
         encoder_config: Mapping[str, Any] | None = None,
         decoder_position_range: int = PUBLISHED_GRID,
@@ -206,8 +242,13 @@ class AutoencoderDecQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin)
             raise ValueError(
                 f"encoder_type is {encoder_type!r}; write one of {', '.join(ENCODERS)}, or register_encoder(...) it"
             )
+        num_queries = grid**2 if num_queries is None else num_queries
         if num_queries < 0:
             raise ValueError(f"num_queries is {num_queries}; give 0 for a plain RAE, or a positive number")
+        if query_fusion not in ("tokens", "channels"):
+            raise ValueError(f'query_fusion is {query_fusion!r}; write "tokens" or "channels"')
+        if num_queries:
+            _check_bottleneck(query_fusion, query_bottleneck_dim, num_queries, grid, encoder_hidden_size)
         if condenser_context not in ("patch", "all"):
             raise ValueError(f'condenser_context is {condenser_context!r}; write "patch" or "all"')
         if not 1 <= num_summed_layers <= encoder_num_hidden_layers:
@@ -231,12 +272,17 @@ class AutoencoderDecQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin)
                 width=encoder_hidden_size,
                 heads=condenser_num_heads or max(1, encoder_hidden_size // 64),
                 mlp_ratio=condenser_mlp_ratio,
+                bottleneck_dim=query_bottleneck_dim,
             )
             if num_queries
             else None
         )
+        self.num_query_tokens = num_queries if query_fusion == "tokens" else 0
+        query_channels = (query_bottleneck_dim or 0) if num_queries else 0
+        self.latent_channels = encoder_hidden_size + query_channels
         self.decoder = DecQDecoder(
-            num_queries,
+            self.num_query_tokens,
+            query_channels,
             encoder_hidden_size,
             decoder_hidden_size,
             grid,
@@ -261,13 +307,14 @@ class AutoencoderDecQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin)
             self.register_buffer(name, scale.view(1, -1, 1, 1))
         mean, std = _as_tensor(latents_mean), _as_tensor(latents_std)
         self._register_statistics("_latents", latents_shape, mean, std)
-        if num_queries:
+        if self.num_query_tokens:
             self._register_statistics("_query_latents", query_latents_shape)
         self._note(
             latents_mean=None,
             latents_std=None,
             latents_shape=list(self._latents_mean.shape),
-            query_latents_shape=list(self._query_latents_mean.shape) if num_queries else None,
+            query_latents_shape=list(self._query_latents_mean.shape) if self.num_query_tokens else None,
+            num_queries=num_queries,
             condenser_layers=list(condenser_layers),
         )
 
@@ -285,18 +332,18 @@ class AutoencoderDecQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin)
             generator: for the noise of training; one, or one for each image.
 
         Returns:
-            An output with ``latent`` and ``query_latent``; or a tuple of them, of ``latent`` alone where K = 0.
+            An output with ``latent`` and ``query_latent``; or a tuple of them, of ``latent`` alone where there are no
+            query tokens.
 
         Raises:
             ValueError: images that are not square or not in [0, 1].
         """
-        self._check_images(x)
         with _brought_back(self):
             if self.use_slicing and len(x) > 1:
                 chosen = generator if isinstance(generator, Sequence) else [generator] * len(x)
                 parts = [self._encode(one, g) for one, g in zip(x.split(1), chosen, strict=True)]
                 latent = torch.cat([part for part, _ in parts])
-                queries = torch.cat([cast(Tensor, part) for _, part in parts]) if self.config["num_queries"] else None
+                queries = torch.cat([cast(Tensor, part) for _, part in parts]) if self.num_query_tokens else None
             else:
                 latent, queries = self._encode(x, generator)
         output = DecQEncoderOutput(latent=latent, query_latent=queries)
@@ -310,7 +357,11 @@ class AutoencoderDecQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin)
         Args:
             x: images; nothing is differentiated unless they, or weights of the encoder, require a gradient.
             hidden_states: whether to keep what lies between the blocks.
+
+        Raises:
+            ValueError: images that are not square or not in [0, 1].
         """
+        self._check_images(x)
         size = self.config["encoder_input_size"]
         if x.shape[-2:] != (size, size):
             x = functional.interpolate(x, size=(size, size), mode="bicubic", align_corners=False)
@@ -325,13 +376,27 @@ class AutoencoderDecQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin)
             return [encoded.hidden_states[layer] for layer in layers]
         return [encoded.patches(layer) for layer in layers]
 
+    def patch_tokens(self, encoded: EncodedTokens) -> Float[Tensor, "batch patches width"]:
+        """The patch tokens that latents are made of: the last layer's, or the sum of the last ones."""
+        return _summed_layers(encoded, self.config["num_summed_layers"])
+
     def _encode(self, x: Tensor, generator: Generators) -> tuple[Tensor, Tensor | None]:
-        summed = self.config["num_summed_layers"]
-        encoded = self.encoder_tokens(x, hidden_states=self.condensers is not None or summed > 1)
-        patches = _summed_layers(encoded, summed)
+        several = self.condensers is not None or self.config["num_summed_layers"] > 1
+        encoded = self.encoder_tokens(x, hidden_states=several)
+        patches = self.patch_tokens(encoded)
         queries = None if self.condensers is None else self.condensers(self.tapped(encoded))
         if self.training and self.config["noise_tau"] > 0:
             patches, queries = self._add_noise(patches, queries, generator)
+        return self.as_latents(patches, queries)
+
+    def as_latents(
+        self,
+        patches: Float[Tensor, "batch patches width"],
+        queries: Float[Tensor, "batch queries channels"] | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(latent, query latent) of patch tokens and of what the condensers leave."""
+        if queries is not None and not self.num_query_tokens:
+            patches, queries = torch.cat([patches, queries], dim=-1), None
         if self.config["reshape_to_2d"]:
             patches = patches.transpose(1, 2).contiguous().unflatten(2, (self.grid, self.grid))
         latent = self._normalized(patches, "_latents")
@@ -366,8 +431,8 @@ class AutoencoderDecQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin)
 
         Args:
             z: patch latents.
-            query_latent: query latents, exactly where K > 0. A decoder that was trained with queries is lost without:
-                for patch latents alone, use a plain RAE's decoder.
+            query_latent: query latents, exactly where queries are tokens. A decoder that was trained with queries is
+                lost without: for patch latents alone, use a plain RAE's decoder.
             return_dict: False for a tuple.
 
         Raises:
@@ -413,12 +478,12 @@ class AutoencoderDecQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin)
         return patches if query_latent is None else torch.cat([patches, query_latent], dim=1)
 
     def unpack(self, tokens: Float[Tensor, "batch tokens width"]) -> tuple[Tensor, Tensor | None]:
-        """The inverse of :meth:`pack`: (latent, query latent), the latter None where K = 0.
+        """The inverse of :meth:`pack`: (latent, query latent), the latter None where there are no query tokens.
 
         Raises:
             ValueError: another number of tokens.
         """
-        num_queries = self.config["num_queries"]
+        num_queries = self.num_query_tokens
         if tokens.shape[1] != self.grid**2 + num_queries:
             raise ValueError(
                 f"got {tokens.shape[1]} tokens; this autoencoder has {self.grid**2} patches and {num_queries} queries"
@@ -436,20 +501,22 @@ class AutoencoderDecQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin)
         """Latents are (z - mean) / (std + 1e-5) from now on; both live in the weights.
 
         Args:
-            mean: of patch latents, broadcast to (C, h, w), or (h w, C) without ``reshape_to_2d``.
+            mean: of patch latents, broadcast to (C, h, w), or (h w, C) without ``reshape_to_2d``; with C + c for C
+                where queries are channels.
             std: likewise, positive.
-            query_mean: of query latents, broadcast to (K, C).
+            query_mean: of query latents, broadcast to (K, C), where they are tokens.
             query_std: likewise, positive.
 
         Raises:
             ValueError: other shapes, numbers that are not finite or not positive, query statistics without queries.
         """
-        num_queries, width = self.config["num_queries"], self.config["encoder_hidden_size"]
-        square = (width, self.grid, self.grid) if self.config["reshape_to_2d"] else (self.grid**2, width)
+        num_queries, width = self.num_query_tokens, self.config["encoder_hidden_size"]
+        channels = self.latent_channels
+        square = (channels, self.grid, self.grid) if self.config["reshape_to_2d"] else (self.grid**2, channels)
         wanted = [("latent", "_latents", square, mean, std)]
         if (query_mean is None) != (query_std is None) or (query_mean is not None and not num_queries):
             raise ValueError(
-                f"give query_mean and query_std together, and only to a model with queries; it has {num_queries}"
+                f"give query_mean and query_std together, and only to a model with query tokens; it has {num_queries}"
             )
         if query_mean is not None and query_std is not None:
             wanted.append(("query latent", "_query_latents", (num_queries, width), query_mean, query_std))
@@ -469,7 +536,7 @@ class AutoencoderDecQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin)
         self.register_to_config(**fields, _use_default_values=skipped)
 
     def normalize_patches(self, tokens: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch ..."]:
-        """Patch tokens of the encoder, in the shape of patch latents, as patch latents."""
+        """Patch tokens, with queries where these are channels, in the shape of patch latents, as patch latents."""
         return self._normalized(tokens, "_latents")
 
     def denormalize_patches(self, latent: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch ..."]:
@@ -583,6 +650,7 @@ class AutoencoderDecQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin)
         fields = {"num_queries": 0, **fields, **config}
         model = cls(**fields)
         model._take_weights(rae.state_dict())
+        model._widen_statistics()
         return _like(rae, model)
 
     @classmethod
@@ -675,6 +743,18 @@ class AutoencoderDecQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin)
             raise ValueError(f"the RAE lacks {len(missing)} weights, e.g. {missing[0]}")
         self.load_state_dict({name: value for name, value in renamed.items() if name in own}, strict=False)
 
+    def _widen_statistics(self) -> None:
+        """Of a plain RAE, by channels of queries, which stay as they come."""
+        width, axis = self.config["encoder_hidden_size"], -3 if self.config["reshape_to_2d"] else -1
+        mean, std = self._latents_mean, self._latents_std
+        more = self.latent_channels - width
+        if more and mean.ndim >= -axis and mean.shape[axis] == width:
+            filled = (
+                torch.cat([values, torch.full_like(values.narrow(axis, 0, more), fill)], dim=axis)
+                for values, fill in ((mean, 0.0), (std, 1.0))
+            )
+            self.set_latent_statistics(*filled)
+
     # --- checks
 
     def _check_images(self, x: Tensor) -> None:
@@ -690,14 +770,14 @@ class AutoencoderDecQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin)
                 raise ValueError(f"images span [{low:.3g}, {high:.3g}]; give values in [0, 1]")
 
     def _check_patch_latents(self, z: Tensor) -> None:
-        width, square = self.config["encoder_hidden_size"], self.config["reshape_to_2d"]
+        width, square = self.latent_channels, self.config["reshape_to_2d"]
         wanted = f"(batch, {width}, side, side)" if square else f"(batch, patches, {width})"
         fits = z.ndim == 4 and z.shape[1] == width and z.shape[2] == z.shape[3]
         if not (fits if square else z.ndim == 3 and z.shape[2] == width):
             raise ValueError(f"patch latents have shape {tuple(z.shape)}; expected {wanted}")
 
     def _check_query_latents(self, z: Tensor, query_latent: Tensor | None) -> None:
-        num_queries, width = self.config["num_queries"], self.config["encoder_hidden_size"]
+        num_queries, width = self.num_query_tokens, self.config["encoder_hidden_size"]
         if num_queries and query_latent is None:
             raise ValueError(
                 f"query_latent is missing: this model has {num_queries} queries, without which its decoder makes bad "
@@ -706,7 +786,7 @@ class AutoencoderDecQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin)
         if query_latent is not None and query_latent.shape != (len(z), num_queries, width):
             raise ValueError(
                 f"query_latent has shape {tuple(query_latent.shape)}; expected ({len(z)}, {num_queries}, {width})"
-                + ("" if num_queries else ": this model has no queries, leave it out")
+                + ("" if num_queries else ": this model has no query tokens, leave it out")
             )
 
 
@@ -746,6 +826,27 @@ def _patch_grid(encoder_input_size: int, encoder_patch_size: int, patch_size: in
             f"image_size is {image_size}; {grid} patches of {patch_size} pixels in a row make {patch_size * grid}"
         )
     return grid
+
+
+def _check_bottleneck(fusion: str, channels: int | None, num_queries: int, grid: int, width: int) -> None:
+    if fusion == "tokens":
+        if channels is not None:
+            raise ValueError(
+                f"query_bottleneck_dim is {channels}, but queries that are tokens are as wide as patches; leave it "
+                'out, or write query_fusion="channels"'
+            )
+        return
+    if num_queries != grid**2:
+        raise ValueError(
+            f'num_queries is {num_queries}; with query_fusion="channels" each of the {grid**2} patches has one: give '
+            f"{grid**2}, or None"
+        )
+    # Over one channel the norm leaves nothing, over two a sign.
+    if channels is None or not 3 <= channels <= width:
+        raise ValueError(
+            f"query_bottleneck_dim is {channels}; give 3 to {width} channels for the queries beside the {width} of the "
+            "patches"
+        )
 
 
 def _checked_layers(layers: Sequence[int], num_layers: int) -> tuple[int, ...]:

@@ -215,24 +215,34 @@ class DetailCondensers(nn.Module):
         width: d.
         heads: attention heads of each condenser.
         mlp_ratio: hidden width of their FFNs, in widths.
+        bottleneck_dim: channels to which the query latents are reduced by one matrix; None leaves them d wide.
 
     Attributes:
         queries: the learned start, (K, d).
         condensers: one for each layer.
+        bottleneck: that matrix, with a bias, or None.
     """
 
     def __init__(
-        self, num_queries: int, layers: Sequence[int], *, width: int, heads: int, mlp_ratio: float | int = 4.0
+        self,
+        num_queries: int,
+        layers: Sequence[int],
+        *,
+        width: int,
+        heads: int,
+        mlp_ratio: float | int = 4.0,
+        bottleneck_dim: int | None = None,
     ) -> None:
         super().__init__()
         self.layers = tuple(layers)
         self.queries = nn.Parameter(QUERY_STD * torch.randn(num_queries, width))
         self.condensers = nn.ModuleList(Condenser(width, heads, num_queries, mlp_ratio) for _ in self.layers)
+        self.bottleneck = None if bottleneck_dim is None else nn.Linear(width, bottleneck_dim)
 
     def forward(
         self, hidden_states: Sequence[Float[Tensor, "batch tokens width"]]
-    ) -> Float[Tensor, "batch queries width"]:
-        """The query latents: what the last condenser leaves, with mean 0 and variance 1 over the width.
+    ) -> Float[Tensor, "batch queries channels"]:
+        """The query latents, see :meth:`finish`.
 
         Args:
             hidden_states: the tapped layers' tokens, in the order of ``layers``.
@@ -240,9 +250,18 @@ class DetailCondensers(nn.Module):
         queries = self.start(hidden_states[0])
         for condenser, tokens in zip(self.condensers, hidden_states, strict=True):
             queries = condenser(queries, tokens)
-        return functional.layer_norm(queries, queries.shape[-1:], eps=EPS)
+        return self.finish(queries)
 
     def start(self, tokens: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch queries width"]:
         """The learned queries, one copy for each image."""
         # A view of a parameter says that it requires a gradient under torch.no_grad too, where it can have none.
         return self.queries.to(tokens.dtype).repeat(len(tokens), 1, 1)
+
+    def finish(self, queries: Float[Tensor, "batch queries width"]) -> Float[Tensor, "batch queries channels"]:
+        """What the last condenser leaves, with mean 0 and variance 1 over the width; reduced, over what is left."""
+        queries = functional.layer_norm(queries, queries.shape[-1:], eps=EPS)
+        if self.bottleneck is None:
+            return queries
+        # Normalised again: the noise of training has one deviation, from which longer vectors would save themselves.
+        reduced = self.bottleneck(queries)
+        return functional.layer_norm(reduced, reduced.shape[-1:], eps=EPS)

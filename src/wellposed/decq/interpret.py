@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from wellposed.decq.autoencoder import AutoencoderDecQ
 from wellposed.decq.condenser import Condenser
+from wellposed.decq.encoders import EncodedTokens
 
 __all__ = ["TapReport", "attention_maps", "tap_report"]
 
@@ -57,8 +58,8 @@ def tap_report(autoencoder: AutoencoderDecQ, images: Float[Tensor, "batch channe
     """
     if autoencoder.training:
         raise ValueError("the autoencoder is in training mode and would add noise; call eval() first")
-    tapped = _tapped(autoencoder, images)
-    latent, _ = autoencoder.encode(images, return_dict=False)
+    encoded = _encoded(autoencoder, images)
+    patches, tapped = autoencoder.patch_tokens(encoded), autoencoder.tapped(encoded)
     moved: list[Tensor] = []
     covered: list[Tensor] = []
     queries = _start(autoencoder, tapped)
@@ -70,7 +71,7 @@ def tap_report(autoencoder: AutoencoderDecQ, images: Float[Tensor, "batch channe
         covered.append((entropy.exp() / weights.shape[-1]).mean())
         queries = after
     decoded = [
-        autoencoder.decode(latent, _without(autoencoder, tapped, tap), return_dict=False)[0]
+        autoencoder.decode(*autoencoder.as_latents(patches, _without(autoencoder, tapped, tap)), return_dict=False)[0]
         for tap in (None, *range(len(tapped)))
     ]
     errors = torch.stack([functional.mse_loss(one, images) for one in decoded])
@@ -94,7 +95,7 @@ def attention_maps(
     Raises:
         ValueError: an autoencoder without queries.
     """
-    tapped = _tapped(autoencoder, images)
+    tapped = autoencoder.tapped(_encoded(autoencoder, images))
     maps: list[Tensor] = []
     queries = _start(autoencoder, tapped)
     for condenser, tokens in _condensers(autoencoder, tapped):
@@ -106,18 +107,19 @@ def attention_maps(
 
 
 def _without(autoencoder: AutoencoderDecQ, tapped: list[Tensor], tap: int | None) -> Tensor:
-    """Query latents, one tap left out."""
+    """What the condensers leave, one tap left out."""
+    assert autoencoder.condensers is not None
     queries = _start(autoencoder, tapped)
     for number, (condenser, tokens) in enumerate(_condensers(autoencoder, tapped)):
         if number != tap:
             queries = condenser(queries, tokens)
-    return autoencoder.normalize_queries(functional.layer_norm(queries, queries.shape[-1:], eps=1e-6))
+    return autoencoder.condensers.finish(queries)
 
 
-def _tapped(autoencoder: AutoencoderDecQ, images: Tensor) -> list[Tensor]:
+def _encoded(autoencoder: AutoencoderDecQ, images: Tensor) -> EncodedTokens:
     if autoencoder.condensers is None:
         raise ValueError("this autoencoder has no queries, and so no taps; give one with num_queries > 0")
-    return autoencoder.tapped(autoencoder.encoder_tokens(images))
+    return autoencoder.encoder_tokens(images)
 
 
 def _start(autoencoder: AutoencoderDecQ, tapped: list[Tensor]) -> Tensor:

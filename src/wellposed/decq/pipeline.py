@@ -271,8 +271,8 @@ class DecQPipeline(DiffusionPipeline):
 
 def _check_same_latents(name: str, network: DecQTransformer2DModel, vae: AutoencoderDecQ) -> None:
     latents = {
-        "queries": (network.config["num_queries"], vae.config["num_queries"]),
-        "channels": (network.config["in_channels"], vae.config["encoder_hidden_size"]),
+        "queries": (network.config["num_queries"], vae.num_query_tokens),
+        "channels": (network.config["in_channels"], vae.latent_channels),
         "patches in a row": (network.config["sample_size"], vae.grid),
     }
     for what, (of_network, of_vae) in latents.items():
@@ -287,6 +287,8 @@ def _check_patch_decoder(decoder: AutoencoderDecQ, vae: AutoencoderDecQ) -> None
     reasons = [reason for name, reason in zip(fields, reasons, strict=True) if decoder.config[name] != vae.config[name]]
     if decoder.config["num_queries"]:
         reasons.insert(0, f"{decoder.config['num_queries']} queries, not 0")
+    if decoder.latent_channels != vae.latent_channels:
+        reasons.insert(0, f"{decoder.latent_channels} channels, not {vae.latent_channels}")
     if decoder.grid != vae.grid:
         reasons.insert(0, f"{decoder.grid} patches in a row, not {vae.grid}")
     if reasons:

@@ -23,6 +23,7 @@ from wellposed.decq.transformer import DecQTransformer2DModel
 from wellposed.evaluation.features import unit_images
 from wellposed.evaluation.frechet import FeatureStatistics, frechet_distance
 from wellposed.evaluation.frequency import BandErrors
+from wellposed.recipes.decq import concatenated
 from wellposed.recipes.latent_draw import draw_images
 from wellposed.recipes.latent_evaluate import Reconstruction, measure_reconstruction
 from wellposed.recipes.latent_recipe import LatentRecipe
@@ -73,14 +74,16 @@ def arms(
     *,
     query_counts: Sequence[int] = (2, 8, 16),
     summed_layers: int = 4,
+    concatenated_channels: int = 8,
 ) -> list[Arm]:
-    """The published ablations, and the sum of the last layers with and without queries.
+    """The published ablations over a frozen encoder, and the sum of the last layers with and without queries.
 
     Args:
         recipe: what they have in common.
         taps: placements by name; ``"spread"`` is the default one.
         query_counts: K at the default placement; 8 is also that of the other placements.
         summed_layers: k.
+        concatenated_channels: to which queries are reduced that are channels of the patches.
     """
     plain = recipe.with_queries(0)
     found = [Arm(name=RAE, recipe=plain)]
@@ -92,6 +95,10 @@ def arms(
         Arm(
             name=f"last {summed_layers} layers, K = 8",
             recipe=recipe.with_queries(8, taps["spread"], num_summed_layers=summed_layers),
+        ),
+        Arm(
+            name="feature concat",
+            recipe=concatenated(recipe.with_queries(None, taps["spread"]), channels=concatenated_channels),
         ),
     ]
     return found
@@ -218,7 +225,7 @@ class GenerationCurve:
         seconds: CPU time of training up to there, without measuring and saving, nor the first step of a process.
         frechet: distance of samples from the averaged weights to the training images.
         discarded: the last distance with the patches decoded by the plain autoencoder of the same seed; None without
-            queries, or where patch latents are others than its own.
+            query tokens, or where patch latents are others than its own.
     """
 
     arm: str
@@ -283,7 +290,7 @@ def compare_generation(
             ).model
             samples = torch.cat(list(measure.samples(generator)))
             same_patches = autoencoder.config["num_summed_layers"] == plain.config["num_summed_layers"]
-            discards = autoencoder.condensers is not None and same_patches
+            discards = autoencoder.num_query_tokens > 0 and same_patches
             discarded = measure(generator, patch_decoder=plain) if discards else None
             per_epoch = len(images) / arm.recipe.generation.training.batch_size
             curve = GenerationCurve(

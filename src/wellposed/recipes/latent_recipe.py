@@ -289,11 +289,13 @@ class LatentRecipe(Recipe):
             )
         )
 
-    def with_queries(self, num_queries: int, layers: Sequence[int] | None = None, **fields: Any) -> "LatentRecipe":
+    def with_queries(
+        self, num_queries: int | None, layers: Sequence[int] | None = None, **fields: Any
+    ) -> "LatentRecipe":
         """The recipe with other queries and taps; 0 queries are a plain representation autoencoder.
 
         Args:
-            num_queries: K.
+            num_queries: K, None for one for each patch.
             layers: taps, None for the recipe's.
             fields: further fields of the autoencoder, such as ``num_summed_layers``.
         """

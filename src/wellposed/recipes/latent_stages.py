@@ -231,10 +231,11 @@ def pipeline_of(
 
 
 def time_shift(autoencoder: AutoencoderDecQ, settings: GenerationSettings) -> float:
-    """alpha, from the numbers of a patch latent, and of the queries where the settings count them."""
-    width, queries = autoencoder.config["encoder_hidden_size"], autoencoder.config["num_queries"]
-    tokens = autoencoder.grid**2 + (queries if settings.shift_counts_queries else 0)
-    return dimension_shift(width * tokens)
+    """alpha, from the numbers of the patches, and of the queries where the settings count them."""
+    width, patches = autoencoder.config["encoder_hidden_size"], autoencoder.grid**2
+    if not settings.shift_counts_queries:
+        return dimension_shift(width * patches)
+    return dimension_shift(autoencoder.latent_channels * patches + width * autoencoder.num_query_tokens)
 
 
 def _flow_stage(
