@@ -222,7 +222,7 @@ class BucketReport:
         return tuple(bucket for bucket in self.buckets if bucket.starved)
 
     def __str__(self) -> str:
-        rows = [("base", "size", "images", "a share", "shares", "repeats", "")]
+        rows: list[tuple[str, ...]] = [("base", "size", "images", "a share", "shares", "repeats", "")]
         for b in self.buckets:
             counts = (f"{number:,}" for number in (b.images, b.batch_size, b.shares, b.repeats))
             rows.append((str(b.base), f"{b.size.height}x{b.size.width}", *counts, "starved" if b.starved else ""))

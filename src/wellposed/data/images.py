@@ -306,7 +306,8 @@ def opaque(picture: Image.Image, channels: Literal[1, 3] = 3) -> Image.Image:
     if picture.has_transparency_data:
         white = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(white, picture.convert("RGBA"))
-    return picture.convert("RGB" if channels == 3 else "L")
+    mode = "RGB" if channels == 3 else "L"
+    return picture if picture.mode == mode else picture.convert(mode)
 
 
 def coin_flips(seed: int, indices: Int[Tensor, "batch"], epoch: int) -> Shaped[Tensor, "batch"]:
