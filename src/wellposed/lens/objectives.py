@@ -138,7 +138,8 @@ def text_to_image_objective(
     """
     if not 0 <= caption_dropout < 1 or not time_std > 0:
         raise ValueError(
-            f"caption_dropout is {caption_dropout} and time_std {time_std}; give a share in [0, 1) and a positive number"
+            f"caption_dropout is {caption_dropout} and time_std {time_std}; give a share in [0, 1) and a positive "
+            "number"
         )
 
     def objective(
@@ -220,8 +221,8 @@ def freeze_unread(network: LensTransformer2DModel) -> None:
 def forward_flops(network: LensTransformer2DModel, image_tokens: int, text_tokens: int) -> float:
     """Floating-point operations of one image's forward pass; a training step has three times as many.
 
-    Two for each weight of a matrix and each token that meets it, and 4 S^2 d for the two products of each attention over
-    S = image and text tokens. Norms and rotations, below a percent, are left out.
+    Two for each weight of a matrix and each token that meets it, and 4 S^2 d for the two products of each attention
+    over S = image and text tokens. Norms and rotations, below a percent, are left out.
 
     Args:
         network: with its configuration.
