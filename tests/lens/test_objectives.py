@@ -252,7 +252,7 @@ def test_four_pictures_by_heart() -> None:
     objective = text_to_image_objective(lambda batch, context: PackedImages(targets, 2, 2), words, caption_dropout=0.0)
     optimizer = torch.optim.AdamW([w for w in model.parameters() if w.requires_grad], 4e-3)
     losses: list[float] = []
-    for step in range(150):
+    for step in range(200):
         loss, _ = objective({"lens": model}, batch_of(captions), context(step=step))
         optimizer.zero_grad()
         loss.backward()
