@@ -134,6 +134,16 @@ def test_parameters_of_queries(queries: int, taps: int, exactly: int, published:
         )
 
 
+def test_parameters_of_queries_as_channels() -> None:
+    """256 queries in four condensers, a bottleneck of 24, and the decoder's matrix of those: less than 8 tokens add."""
+    with torch.device("meta"):
+        fields = {"num_queries": None, "query_fusion": "channels", "query_bottleneck_dim": 24}
+        channels = AutoencoderDecQ(**fields, **XL_DECODER)
+    more = parameters(channels) - parameters(autoencoder(0))
+    assert more == 4 * 7_089_408 + 256 * 768 + (768 * 24 + 24) + 24 * 1152 == 28_600_344
+    assert 256 * 24 == 8 * 768, "as many numbers as eight queries"
+
+
 @pytest.mark.parametrize(("queries", "published"), [(2, 3.35), (4, 3.36), (8, 3.37), (16, 3.39), (32, 3.42)])
 def test_parameters_for_generation(queries: int, published: float) -> None:
     """Two projections and positions in the generator, a projection and positions in the decoder of pixels."""
@@ -197,6 +207,17 @@ def test_what_queries_cost_the_autoencoder(
     assert 100 * more / PUBLISHED_BASE == pytest.approx(published, abs=0.055)
     assert 100 * more / PUBLISHED_BASE == pytest.approx(against_linear, abs=0.02)
     assert 100 * more / (encoder_giga() + decoder_giga(0)) == pytest.approx(against_all, abs=0.02)
+
+
+def test_what_queries_as_channels_cost() -> None:
+    """Half as much again as eight tokens, nearly all beside the encoder: decoder and generator get no longer sequence."""
+    n, d, f, c = 256, 768, 3072, 24
+    with torch.device("meta"):
+        condensers = DetailCondensers(n, (0, 3, 6, 9), width=d, heads=12, bottleneck_dim=c)
+        counted = giga_multiplications(lambda: condensers([torch.empty(1, n, d)] * 4))
+    by_hand = 4 * (4 * n * d**2 + 2 * n**2 * d + 2 * n * d * f) + n * d * c
+    assert counted == pytest.approx(by_hand / 1e9, rel=1e-9) == pytest.approx(7.656, abs=1e-3)
+    assert 100 * (counted + n * c * 1152 / 1e9) / (encoder_giga() + decoder_giga(0)) == pytest.approx(5.70, abs=0.01)
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ on_ranks = ranks.on_ranks
 
 COUNT = 9
 ALONE = Workers(rank=0, world_size=1, device=torch.device("cpu"))
+CHANNELS: dict[str, Any] = {"num_queries": None, "query_fusion": "channels", "query_bottleneck_dim": 6}
 SMALL = {"encoder_input_size": 28, "encoder_num_hidden_layers": 3, "decoder_num_hidden_layers": 1}
 
 
@@ -79,10 +80,11 @@ def test_moments_of_ranks_are_merged(on_ranks: Callable[..., list[Any]]) -> None
     torch.testing.assert_close(first[2], values.var(0, correction=0), rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("queries", [3, 0])
+@pytest.mark.parametrize("fields", [{}, {"num_queries": 0}, CHANNELS], ids=["tokens", "none", "channels"])
 @pytest.mark.parametrize("mirrored", [False, True])
-def test_statistics_normalise_the_set(build: Build, queries: int, mirrored: bool) -> None:
-    model, images = build(num_queries=queries, **SMALL).double(), image_set()
+def test_statistics_normalise_the_set(build: Build, fields: dict[str, Any], mirrored: bool) -> None:
+    model, images = build(**fields, **SMALL).double(), image_set()
+    queries = model.num_query_tokens
     statistics = latent_statistics(model, images, ALONE, batch_size=4, mirrored=mirrored)
     assert statistics.count == COUNT
     assert (statistics.query_mean is not None) == (statistics.query_std is not None) == bool(queries)
@@ -98,6 +100,7 @@ def test_statistics_normalise_the_set(build: Build, queries: int, mirrored: bool
         expected = variance / ((variance + 1e-5).sqrt() + 1e-5).square()
         torch.testing.assert_close(normal.var(0, correction=0), expected, rtol=1e-4, atol=1e-5)
         assert (expected > 0.9).all() and (variance.max() > 4 * variance.min())
+    assert after[0].latents.shape[1] == model.latent_channels
 
 
 def test_statistics_do_not_depend_on_batches(build: Build) -> None:
@@ -202,6 +205,13 @@ def test_cached_latents_are_those_of_every_epoch(build: Build, tmp_path: Path) -
             for name in ("latents", "query_latents", "labels"):
                 assert torch.equal(getattr(one, name), getattr(other, name)), name
     assert cached.fingerprint() != replace(cached, seed=4).fingerprint()
+
+
+def test_cached_latents_have_the_channels_of_queries(build: Build, tmp_path: Path) -> None:
+    model, images = build(**CHANNELS, **SMALL), image_set()
+    cached = cache_latents(model, images, tmp_path, ALONE, batch_size=1).batch([2])
+    assert cached.latents.shape == (1, 70, 2, 2) and cached.query_latents is None
+    assert torch.equal(cached.latents, EncodedImages(model, images).batch([2]).latents)
 
 
 def test_a_cache_is_of_its_images_and_its_autoencoder(build: Build, tmp_path: Path) -> None:

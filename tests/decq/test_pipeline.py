@@ -18,6 +18,7 @@ from wellposed.decq.transformer import DecQTransformer2DModel
 BuildVae = Callable[..., AutoencoderDecQ]
 BuildGenerator = Callable[..., DecQTransformer2DModel]
 Pipes = Callable[..., DecQPipeline]
+CHANNELS: dict[str, Any] = {"num_queries": None, "query_fusion": "channels", "query_bottleneck_dim": 6}
 NAMES = {0: "lamp", 3: "boat"}
 
 
@@ -282,6 +283,39 @@ def test_a_plain_rae_may_be_the_autoencoder(sizes: dict[str, Any], build_generat
     )
     with torch.no_grad():
         assert torch.equal(rae.decode(code).sample.clamp(0, 1), images)
+
+
+# --- queries as channels of the patches
+
+
+def test_queries_that_are_channels_are_generated_with_the_patches(
+    build: BuildVae, build_generator: BuildGenerator, sizes: dict[str, Any], tmp_path: Path
+) -> None:
+    vae = build(**CHANNELS)
+    vae.set_latent_statistics(torch.full((70, 1, 1), 0.3), torch.full((1,), 1.5))
+    generator = build_generator(in_channels=70, num_queries=0)
+    pipe = DecQPipeline(vae, generator, ShiftedFlowScheduler(shift=2.0))
+    pipe.set_progress_bar_config(disable=True)
+    call = {"num_inference_steps": 3, "generator": seeds(0, 1)}
+    code = pipe([1, 3], **call, output_type="latent")
+    assert code.images.shape == (2, 70, 4, 4) and code.query_latents is None
+    call["generator"] = seeds(0, 1)
+    images = pipe([1, 3], **call, output_type="pt").images
+    with torch.no_grad():
+        assert torch.equal(vae.decode(code.images).sample.clamp(0, 1), images)
+    pipe.save_pretrained(tmp_path)
+    again = DecQPipeline.from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    call["generator"] = seeds(0, 1)
+    torch.testing.assert_close(again([1, 3], **call, output_type="pt").images, images, rtol=0, atol=1e-5)
+    for fields, message in (
+        ({"in_channels": 64, "num_queries": 0}, "64 channels, the autoencoder 70"),
+        ({"in_channels": 70, "num_queries": 16}, "16 queries, the autoencoder 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            DecQPipeline(vae, build_generator(**fields), ShiftedFlowScheduler())
+    with pytest.raises(ValueError, match="it has 64 channels, not 70"):
+        DecQPipeline(vae, generator, ShiftedFlowScheduler(), patch_decoder=plain_rae(sizes, vae))
 
 
 # --- saved, placed, in other formats

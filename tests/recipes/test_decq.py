@@ -29,6 +29,7 @@ from wellposed.recipes import RECIPES, FIDEvaluation, decq, latent_stages, recip
 from wellposed.recipes.decq import (
     IMAGENET_TAPS,
     TINY_TAPS,
+    concatenated,
     decq_imagenet256,
     decq_tiny,
     distilled,
@@ -138,8 +139,8 @@ def small_generator(autoencoder: AutoencoderDecQ, num_classes: int, **sizes: Any
     chosen |= {"head_num_layers": 1, "head_num_attention_heads": 2}
     return DecQTransformer2DModel(
         sample_size=autoencoder.grid,
-        in_channels=autoencoder.config["encoder_hidden_size"],
-        num_queries=autoencoder.config["num_queries"],
+        in_channels=autoencoder.latent_channels,
+        num_queries=autoencoder.num_query_tokens,
         num_classes=num_classes,
         **(chosen | sizes),
     )
@@ -232,7 +233,13 @@ def test_published_learning_rate_of_stage_one() -> None:
 @pytest.mark.parametrize(
     ("change", "total", "trained_weights"),
     # The encoder's 86.58 M are 86,580,480 with positions of 518 pixels; see decq's page for the others.
-    [(lambda recipe: recipe, 841.15e6, 444.32e6), (lambda recipe: recipe.with_queries(0), 838.68e6, 415.06e6)],
+    [
+        (lambda recipe: recipe, 841.15e6, 444.32e6),
+        (lambda recipe: recipe.with_queries(0), 838.68e6, 415.06e6),
+        # 24 channels more in three matrices of the generator; 28.60 M in the autoencoder, see test_costs.
+        (concatenated, 838.68e6 + 24 * (1152 + 2 * 2048) + 24, 443.66e6),
+    ],
+    ids=["queries", "none", "channels"],
 )
 def test_published_networks_have_their_size(change: Any, total: float, trained_weights: float) -> None:
     from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
@@ -253,10 +260,12 @@ def test_published_networks_have_their_size(change: Any, total: float, trained_w
     assert learning == pytest.approx(trained_weights, abs=0.02e6)
     assert latent_stages.time_shift(autoencoder, recipe.generation) == pytest.approx(6.928, abs=1e-3)
     counting = replace(recipe.generation, shift_counts_queries=True)
-    assert latent_stages.time_shift(autoencoder, counting) == pytest.approx(
-        math.sqrt(768 * (256 + recipe.autoencoder_fields["num_queries"]) / 4096)
-    )
-    assert small.config["num_queries"] == generator.config["num_queries"]
+    # 256 queries of 24 channels are as many numbers as eight tokens.
+    tokens = 256 + (0 if recipe.autoencoder_fields["num_queries"] == 0 else 8)
+    assert latent_stages.time_shift(autoencoder, counting) == pytest.approx(math.sqrt(768 * tokens / 4096))
+    assert [small.config[name] for name in ("num_queries", "in_channels")] == [
+        generator.config[name] for name in ("num_queries", "in_channels")
+    ]
     assert sum(p.numel() for p in small.parameters()) < total / 4
 
 
@@ -273,6 +282,17 @@ def test_variants_change_what_they_say() -> None:
         other = change(recipe)
         assert (other.reconstruction.encoder, other.autoencoder_fields["num_queries"]) == (mode, 0)
         assert other.reconstruction.perceptual is recipe.reconstruction.perceptual
+    for base, taps in ((recipe, IMAGENET_TAPS), (decq_tiny(), TINY_TAPS)):
+        other = concatenated(base, channels=8)
+        assert other.autoencoder_fields == {
+            "num_queries": None,
+            "condenser_layers": taps["spread"],
+            "query_fusion": "channels",
+            "query_bottleneck_dim": 8,
+        }
+        assert replace(other, autoencoder_fields=base.autoencoder_fields) == base
+        assert json.loads(json.dumps(other.settings()))["autoencoder"]["query_bottleneck_dim"] == 8
+    assert concatenated(recipe).autoencoder_fields["query_bottleneck_dim"] == 24
     guide = guided(recipe)
     assert guide.guide is not None and guide.guide.training.max_steps == 60 * 1251
     assert guide.sampling.guidance_scale == 1.6
@@ -687,6 +707,29 @@ def test_without_queries_it_is_a_plain_autoencoder(plain_run: Path, tmp_path: Pa
     (folder,) = (out / "latents").iterdir()
     kept = LatentDataset.open(folder)
     assert kept.name == "twelve" and kept.batch([0]).query_latents is None
+
+
+def test_queries_that_are_channels_in_both_stages(plain_run: Path, tmp_path: Path) -> None:
+    recipe = concatenated(in_steps(plainer(small_recipe()), 2, 2), channels=5)
+    out = begun(tmp_path / "run", plain_run, "encoder")
+    result = trained(recipe, out, resume=True)
+    assert "generator/queries" not in result.metrics
+    # Latents of unit variance, channels of queries with the others, and a network that says zero.
+    assert metrics(out)[0]["generator/loss"] == pytest.approx(2, abs=0.5)
+    pipe = load_generator(out / "pipeline", CPU)
+    assert (pipe.vae.latent_channels, pipe.vae.num_query_tokens) == (21, 0)
+    assert (pipe.transformer.config["in_channels"], pipe.transformer.config["num_queries"]) == (21, 0)
+    encoder = load_file(plain_run / "encoder" / "encoder.safetensors")
+    fresh = recipe.autoencoder(pipe.vae.encoder, **recipe.autoencoder_fields)
+    with_vae = pipe.vae.state_dict()
+    assert all(torch.equal(with_vae[f"encoder.{name}"], values) for name, values in encoder.items()), "it stayed frozen"
+    learning = {n: p for n, p in fresh.named_parameters() if p.requires_grad}
+    assert {"condensers.bottleneck.weight", "decoder.query_embed.weight"} <= learning.keys()
+    assert not any(torch.equal(with_vae[name], values) for name, values in learning.items())
+    (folder,) = (out / "latents").iterdir()
+    kept = LatentDataset.open(folder).batch(range(COUNT))
+    assert kept.latents.shape == (COUNT, 21, 2, 2) and kept.query_latents is None
+    assert recipe.sample(out, count=3, device="cpu").count == 3
 
 
 def test_summed_layers_and_images_without_classes(plain_run: Path, tmp_path: Path) -> None:

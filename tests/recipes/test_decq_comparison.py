@@ -12,7 +12,7 @@ from torch import nn
 from wellposed.data.images import ImageDataset, StoredPixels
 from wellposed.evaluation.frechet import FeatureStatistics, frechet_distance
 from wellposed.recipes import decq_comparison, latent_stages
-from wellposed.recipes.decq import TINY_TAPS, decq_tiny
+from wellposed.recipes.decq import TINY_TAPS, concatenated, decq_tiny
 from wellposed.recipes.decq_comparison import (
     Arm,
     GenerationCurve,
@@ -55,8 +55,8 @@ def small_generator(autoencoder: Any, num_classes: int) -> Any:
 
     return DecQTransformer2DModel(
         sample_size=autoencoder.grid,
-        in_channels=autoencoder.config["encoder_hidden_size"],
-        num_queries=autoencoder.config["num_queries"],
+        in_channels=autoencoder.latent_channels,
+        num_queries=autoencoder.num_query_tokens,
         num_classes=num_classes,
         hidden_size=24,
         num_layers=1,
@@ -90,6 +90,7 @@ ARMS = [
     Arm(name="RAE", recipe=RECIPE.with_queries(0)),
     Arm(name="K = 2, spread", recipe=RECIPE),
     Arm(name="last 2 layers, K = 2", recipe=RECIPE.with_queries(2, (1,), num_summed_layers=2)),
+    Arm(name="feature concat", recipe=concatenated(RECIPE, channels=3)),
 ]
 
 
@@ -153,7 +154,13 @@ def test_arms_are_the_published_ablations() -> None:
     assert fields["K = 8, deep"] == {"num_queries": 8, "condenser_layers": deep}
     assert fields["last 4 layers"]["num_summed_layers"] == fields["last 4 layers, K = 8"]["num_summed_layers"] == 4
     assert fields["last 4 layers"]["num_queries"] == 0
-    assert len({decq_comparison._slug(name) for name in fields}) == len(found) == 9
+    assert fields["feature concat"] == {
+        "num_queries": None,
+        "condenser_layers": spread,
+        "query_fusion": "channels",
+        "query_bottleneck_dim": 8,
+    }
+    assert len({decq_comparison._slug(name) for name in fields}) == len(found) == 10
     for arm in found:  # nothing else differs
         assert replace(arm.recipe, autoencoder_fields={}) == replace(decq_tiny(), autoencoder_fields={})
 
@@ -191,11 +198,9 @@ def test_arms_differ_in_nothing_but_their_queries(outcomes: list[ReconstructionO
     ]
     for name in (name for name in weights[0] if name.startswith("encoder.")):
         assert all(torch.equal(other[name], weights[0][name]) for other in weights), name
-    assert {name for name in weights[1] if name.startswith("decoder.")} - set(weights[0]) == {
-        "decoder.query_embed.weight",
-        "decoder.query_embed.bias",
-        "decoder.query_pos_embed",
-    }
+    more = ({name for name in some if name.startswith("decoder.")} - set(weights[0]) for some in weights)
+    tokens = {"decoder.query_embed.weight", "decoder.query_embed.bias", "decoder.query_pos_embed"}
+    assert list(more) == [set(), tokens, tokens, {"decoder.query_embed.weight"}]
 
 
 def test_finished_autoencoders_are_taken_from_the_folder(
@@ -239,8 +244,9 @@ def test_curves(curves: list[GenerationCurve], folder: Path, real: RealImages) -
         assert (curve.steps, curve.epochs) == ((2, 4), (1.0, 2.0)), "twelve images in batches of six"
         assert 0 < curve.seconds[0] < curve.seconds[1]
         assert all(value > 0 for value in curve.frechet)
-    # Patches alone go through the plain decoder where they are the plain one's: not those of summed layers.
-    assert [curve.discarded is None for curve in curves] == [True, False, True]
+    # Patches alone go through the plain decoder where they are the plain one's, and the queries are tokens that can be
+    # left out: not those of summed layers, nor those with channels of queries.
+    assert [curve.discarded is None for curve in curves] == [True, False, True, True]
     assert curves[1].discarded != curves[1].frechet[-1]
 
 
