@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ class Progress:
         data: fingerprint of the training data.
         updates: for each player, how many it has had.
         metrics: the latest metrics of every player.
+        usage: what the run had used (:mod:`wellposed.training.usage`).
     """
 
     step: int
@@ -51,6 +52,7 @@ class Progress:
     data: dict[str, int | str]
     updates: dict[str, int]
     metrics: dict[str, float]
+    usage: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
 class CheckpointStore:

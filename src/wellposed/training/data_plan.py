@@ -1,6 +1,6 @@
 """The order of the data, as a pure function of the step."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import lru_cache
@@ -168,6 +168,16 @@ class Prefetched:
     def steps_per_epoch(self) -> int | None:
         """That of the data, where they have epochs."""
         return getattr(self.data, "steps_per_epoch", None)
+
+    @property
+    def counts_at(self) -> Callable[[int], Mapping[str, float]] | None:
+        """That of the data, where they count."""
+        return getattr(self.data, "counts_at", None)
+
+    @property
+    def captioning_cost(self) -> Mapping[str, float]:
+        """That of the data, where they have one."""
+        return getattr(self.data, "captioning_cost", {})
 
     def shares_at(self, step: int, parts: int) -> tuple[range, ...]:
         """Those of the data."""

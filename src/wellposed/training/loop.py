@@ -1,10 +1,9 @@
 """``train``: the loop around the step."""
 
 import logging
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -13,10 +12,12 @@ from wellposed.training.checkpoint import CheckpointStore, Progress
 from wellposed.training.config import TrainingConfig
 from wellposed.training.data_plan import TrainingData
 from wellposed.training.distributed import worker_group
+from wellposed.training.flops import arithmetic_of
 from wellposed.training.interrupts import InterruptFlag, TrainingInterrupted
 from wellposed.training.metrics import MetricsFile, progress_report
 from wellposed.training.players import Player, check_players
 from wellposed.training.run import Run
+from wellposed.training.usage import USAGE_FILE, Usage, UsageMeter, usage_before
 
 __all__ = ["METRICS_FILE", "Callback", "TrainingResult", "train"]
 
@@ -67,7 +68,7 @@ def train(
     callbacks: Sequence[Callback] = (),
     resume: Literal["auto", "never"] = "auto",
 ) -> TrainingResult:
-    """Train the players on the data, leaving checkpoints and ``metrics.jsonl`` in ``out``.
+    """Train the players on the data, leaving checkpoints, ``metrics.jsonl`` and ``usage.json`` in ``out``.
 
     The same call continues an unfinished run exactly, and returns at once from a finished one. Run it under
     ``torchrun`` for several processes. Ctrl-C and SIGTERM finish the step and write a checkpoint; a second one, a
@@ -104,14 +105,16 @@ def train(
         metrics = (
             stack.enter_context(closing(MetricsFile(folder / METRICS_FILE, run.step))) if workers.is_main else None
         )
+        meter = _meter(run, data, folder, store, checkpoint, resume)
+        stack.callback(meter.close)
         for callback in callbacks:
             stack.callback(callback.on_end, run)
-        clock = _Clock(run.step, data.batch_size)
         while run.step < config.max_steps:
             run.advance(data)
+            meter.count(run.step - 1, run.step_samples, run.step_flops)
             report.show(run.step, _summary(run.metrics))
             if run.step % config.log_every == 0:
-                record = {"step": run.step, **run.metrics, "samples_per_second": clock.samples_per_second(run.step)}
+                record = {"step": run.step, **run.metrics, **meter.rates()}
                 if metrics:
                     metrics.write(record)
                 for callback in callbacks:
@@ -120,7 +123,8 @@ def train(
                 callback.on_step_end(run)
             stopping = workers.any(interrupt.raised)
             if stopping or run.step % config.checkpoint_every == 0 or run.step == config.max_steps:
-                checkpoint = _save(run, store, fingerprint)
+                checkpoint = _save(run, store, fingerprint, meter.usage())
+                meter.write()
                 for callback in callbacks:
                     callback.on_checkpoint(run, checkpoint)
                 if run.step < config.max_steps and stopping:
@@ -129,13 +133,32 @@ def train(
     return TrainingResult(step=run.step, checkpoint=checkpoint, metrics=run.metrics, averages=run.averages)
 
 
-def _save(run: Run, store: CheckpointStore, fingerprint: dict[str, int | str]) -> Path:
+def _meter(
+    run: Run,
+    data: TrainingData,
+    folder: Path,
+    store: CheckpointStore,
+    checkpoint: Path | None,
+    resume: Literal["auto", "never"],
+) -> UsageMeter:
+    """The account of this session, going on from what the run had used before."""
+    path = folder / USAGE_FILE
+    saved = store.progress(checkpoint).usage if checkpoint else {}
+    # A crash before the first checkpoint took time too; a fresh start that was asked for is another run.
+    before = usage_before(path, saved) if resume == "auto" else None
+    weights = [weight for live in run.players.values() for weight in live.parameters]
+    arithmetic = arithmetic_of(run.config.precision, weights, run.workers.device)
+    return UsageMeter(path, run.workers, data, arithmetic, before)
+
+
+def _save(run: Run, store: CheckpointStore, fingerprint: dict[str, int | str], usage: Usage) -> Path:
     progress = Progress(
         step=run.step,
         seed=run.config.seed,
         data=fingerprint,
         updates={name: live.updates for name, live in run.players.items()},
         metrics=run.metrics,
+        usage=asdict(usage),
     )
     return store.save({name: live.state_dict() for name, live in run.players.items()}, progress)
 
@@ -178,20 +201,6 @@ def _check_same_run(path: Path, progress: Progress, run: Run, fingerprint: dict[
         raise ValueError(
             f"{path} is past max_steps = {run.config.max_steps}; raise max_steps or start in another folder"
         )
-
-
-class _Clock:
-    """Throughput since the last time it was asked."""
-
-    def __init__(self, first_step: int, batch_size: int) -> None:
-        self._batch_size = batch_size
-        self._step, self._time = first_step, time.perf_counter()
-
-    def samples_per_second(self, step: int) -> float:
-        now = time.perf_counter()
-        rate = (step - self._step) * self._batch_size / (now - self._time)
-        self._step, self._time = step, now
-        return round(rate, 3)
 
 
 def _summary(metrics: Mapping[str, float]) -> str:

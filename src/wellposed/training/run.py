@@ -1,7 +1,8 @@
 """A run in progress: live players, and one step of them."""
 
+import math
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from wellposed.training.config import TrainingConfig
 from wellposed.training.context import StepContext, derived_seed
 from wellposed.training.data_plan import TrainingData, to_device
 from wellposed.training.distributed import Workers, average_gradients, broadcast_tensors, shard_model
+from wellposed.training.flops import FlopCounter
 from wellposed.training.players import Player
 
 __all__ = ["LivePlayer", "NonFiniteError", "Run"]
@@ -98,6 +100,9 @@ class Run:
         models: every player's model by name.
         averages: the averaged weights of the players that keep them.
         metrics: the latest loss, gradient norm, learning rate and further scalars, as ``"<player>/<metric>"``.
+        step_samples: samples of the latest step, over all ranks.
+        step_flops: model FLOPs of the latest step, over all ranks, as every player's first update had them; None where
+            they cannot be counted: a compiled model would run uncompiled meanwhile.
         workers: this process among its peers; ``workers.is_main`` on the one that writes and reports.
         config: the run's settings.
     """
@@ -107,9 +112,13 @@ class Run:
         self.workers = workers
         self.step = 0
         self.metrics: dict[str, float] = {}
+        self.step_samples = 0
+        self.step_flops: float | None = None
         self.players = {player.name: LivePlayer(player, config, workers) for player in players}
         self.models: Mapping[str, nn.Module] = {name: live.model for name, live in self.players.items()}
         self.averages = {name: live.average for name, live in self.players.items() if live.average}
+        self._counts_flops = not any(map(_is_compiled, self.models.values()))
+        self._update_flops: dict[str, float | None] = {}
 
     @contextmanager
     def evaluating(self, name: str, *, averaged: bool = True) -> Generator[nn.Module]:
@@ -140,15 +149,19 @@ class Run:
         mine = range(self.workers.rank, parts, self.workers.world_size)
         shares = data.shares_at(self.step, parts)
         batches = {part: data.batch_at(self.step, part, parts) for part in mine}
-        for live in self.players.values():
-            if live.player.plays_in(self.step):
-                self._update(live, batches, shares)
+        playing = [name for name, live in self.players.items() if live.player.plays_in(self.step)]
+        for name in playing:
+            self._update(self.players[name], batches, shares)
+        flops = [self._update_flops.get(name) for name in playing]
+        self.step_flops = None if None in flops else sum(filter(None, flops))
+        self.step_samples = sum(map(len, shares))
         self.step += 1
 
     def _update(self, live: LivePlayer, batches: Mapping[int, Any], shares: Sequence[range]) -> None:
         name = live.player.name
         totals: dict[str, Tensor] = {}
         batch_size = sum(map(len, shares))
+        counter = FlopCounter() if self._counts_flops and name not in self._update_flops else None
         with _only_trainable(name, self.models):
             for part, batch in batches.items():
                 context = StepContext(
@@ -159,8 +172,10 @@ class Run:
                     batch_size=batch_size,
                     device=self.workers.device,
                 )
-                for metric, value in self._backward(live, batch, context, shares=len(batches)).items():
+                for metric, value in self._backward(live, batch, context, len(batches), counter).items():
                     totals[metric] = totals[metric] + value if metric in totals else value
+        if counter:
+            self._update_flops[name] = self._on_all_ranks(counter)
         if self.config.sharding == "ddp":
             average_gradients(live.parameters, self.workers)
         totals["grad_norm"] = live.gradient_norm()
@@ -172,18 +187,26 @@ class Run:
         broadcast_tensors(live.model.buffers(), self.workers)
         self.metrics |= {f"{name}/{metric}": float(value) for metric, value in values.items()}
 
-    def _backward(self, live: LivePlayer, batch: Any, context: StepContext, shares: int) -> dict[str, Tensor]:
+    def _on_all_ranks(self, counter: FlopCounter) -> float | None:
+        counted = torch.tensor(counter.flops if counter.complete else math.nan, dtype=torch.float64)
+        total = self.workers.mean({"flops": counted})["flops"] * self.workers.world_size
+        return None if math.isnan(total) else total
+
+    def _backward(
+        self, live: LivePlayer, batch: Any, context: StepContext, shares: int, counter: FlopCounter | None
+    ) -> dict[str, Tensor]:
         """Add a share's part of the gradient of the mean loss; returns its part of the mean metrics."""
         name, device = context.player, context.device
         seed = derived_seed(context.seed, name, context.step, "layers", context.rows.start)
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
-        with _seeded_layers(seed, device), autocast:
+        with _seeded_layers(seed, device), autocast, counter.forward() if counter else nullcontext():
             loss, metrics = live.player.objective(self.models, to_device(batch, device), context)
         if loss.ndim:
             raise ValueError(
                 f"the objective of player {name!r} returned a loss of shape {tuple(loss.shape)}; return its mean"
             )
-        (loss / shares).backward()
+        with counter.backward() if counter else nullcontext():
+            (loss / shares).backward()
         return {
             metric: torch.as_tensor(value, device=device).detach() / shares
             for metric, value in {**metrics, "loss": loss}.items()
@@ -229,6 +252,13 @@ def _compile(model: nn.Module) -> None:
         model.compile_repeated_blocks(fullgraph=True)  # pyright: ignore[reportCallIssue]
     else:
         model.compile()
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    return any(
+        getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
+        for module in model.modules()
+    )
 
 
 @contextmanager
