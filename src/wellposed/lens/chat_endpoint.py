@@ -185,7 +185,7 @@ class ChatEndpoint:
             raise ValueError(f"the answer's content is {type(content).__name__}, expected text")
         finish = choice.get("finish_reason")
         return ChatAnswer(
-            content=content or "",
+            content=self._hide_key(content or ""),
             finish_reason=finish if isinstance(finish, str) else None,
             usage=_usage(completion),
         )
