@@ -2,12 +2,12 @@
 
 import math
 
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from wellposed.evaluation.scores import Estimate
 
-__all__ = ["class_agreement"]
+__all__ = ["class_agreement", "share_of_hits"]
 
 
 def class_agreement(logits: Float[Tensor, "batch classes"], labels: Int[Tensor, "batch"]) -> Estimate:
@@ -24,5 +24,10 @@ def class_agreement(logits: Float[Tensor, "batch classes"], labels: Int[Tensor, 
     """
     if not len(logits) or len(logits) != len(labels):
         raise ValueError(f"{len(logits)} logits and {len(labels)} labels; give as many of both, at least one")
-    share = (logits.argmax(1) == labels).double().mean().item()
-    return Estimate(value=share, standard_error=math.sqrt(share * (1 - share) / len(labels)))
+    return share_of_hits(logits.argmax(1) == labels)
+
+
+def share_of_hits(hits: Bool[Tensor, "batch"]) -> Estimate:
+    """Share of True, with its binomial standard error."""
+    share = hits.double().mean().item()
+    return Estimate(value=share, standard_error=math.sqrt(share * (1 - share) / len(hits)))
