@@ -287,6 +287,5 @@ def _systematic_borders(count: int, odds: Sequence[int], start: int) -> list[int
 
 def _cropped(sizes: Int[np.ndarray, "images 2"], target: Size) -> float:
     """Sum over the images of the share of pixels that is cut off."""
-    scale = (np.array(target) / sizes).max(axis=1, initial=0)
-    kept = target.height * target.width / (scale**2 * sizes.prod(axis=1, dtype=np.float64))
-    return float((1 - kept).sum())
+    heights, widths = sizes.T / np.array(target)[:, None]  # of the picture, in those of the target
+    return float((1 - np.minimum(heights, widths) / np.maximum(heights, widths)).sum())

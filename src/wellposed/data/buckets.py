@@ -12,7 +12,7 @@ from math import isqrt
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float64, Int
 from PIL import Image
 
 from wellposed.data.images import ResizeFilter
@@ -89,8 +89,8 @@ class Buckets:
         """
         if base not in self.by_base:
             raise ValueError(f"there are no shapes at base {base}; bases are {sorted(self.by_base)}")
-        sizes = self.by_base[base]
-        return sizes[int(_nearest_ratio(sizes, np.array([native]))[0])]
+        ratio = np.array([native.height / native.width])
+        return self.by_base[base][int(_nearest_ratio(np.array(self.by_base[base]), ratio)[0])]
 
     def eligible(self, native: Size) -> tuple[int, ...]:
         """The bases at which a picture fills its nearest shape without more enlargement than tolerated."""
@@ -104,25 +104,29 @@ class Buckets:
             sizes: height and width of each picture.
         """
         numbers = np.full((len(sizes), len(self.by_base)), -1, dtype=np.int16)
+        heights, widths = np.ascontiguousarray(sizes.T, dtype=np.float64)
+        ratios, grown = heights / widths, 1 + self.tolerance
         first = 0
         for column, base in enumerate(sorted(self.by_base)):
-            shapes = np.array(self.by_base[base])
-            nearest = _nearest_ratio(self.by_base[base], sizes)
-            fits = (sizes * (1 + self.tolerance) >= shapes[nearest]).all(1)
-            numbers[fits, column] = first + nearest[fits]
+            shapes = np.array(self.by_base[base], dtype=np.int32)
+            nearest = _nearest_ratio(shapes, ratios)
+            fits = (heights * grown >= shapes[nearest, 0]) & (widths * grown >= shapes[nearest, 1])
+            numbers[:, column] = np.where(fits, first + nearest, -1)
             first += len(shapes)
         return numbers
 
 
-def _nearest_ratio(shapes: tuple[Size, ...], sizes: Int[np.ndarray, "images 2"]) -> Int[np.ndarray, " images"]:
+def _nearest_ratio(
+    shapes: Int[np.ndarray, "shapes 2"], ratios: Float64[np.ndarray, " images"]
+) -> Int[np.ndarray, " images"]:
     """Places in ``shapes``. Between neighbours in log ratio the border is the geometric mean of their ratios.
 
     Written with divisions and roots, which every machine rounds alike, and no logarithm: ranks must agree.
     """
-    ratios = np.array([height / width for height, width in shapes])
-    order = np.argsort(ratios)
-    borders = np.sqrt(ratios[order][:-1] * ratios[order][1:])
-    return order[np.searchsorted(borders, sizes[:, 0] / sizes[:, 1])]
+    known = shapes[:, 0] / shapes[:, 1]
+    order = np.argsort(known).astype(np.int16)
+    borders = np.sqrt(known[order][:-1] * known[order][1:])
+    return order[np.searchsorted(borders, ratios)]
 
 
 def cover_and_crop(
