@@ -31,7 +31,7 @@ class StyledCaption:
     """The caption of a style in the metadata of a sample, for :class:`~wellposed.lens.captioning.MetadataCaptioner`.
 
     Attributes:
-        style: a name in the field ``captions``; without that field, ``caption`` is taken.
+        style: a name in the field ``captions``; if it has none of this name, the field ``caption`` is taken.
     """
 
     style: str
@@ -39,7 +39,7 @@ class StyledCaption:
     def __call__(self, metadata: Mapping[str, Any]) -> str:
         """The caption; raises LookupError if there is none."""
         captions = metadata.get("captions")
-        if isinstance(captions, dict):
+        if isinstance(captions, dict) and self.style in captions:
             return captions[self.style]
         return metadata["caption"]
 

@@ -198,7 +198,7 @@ class DctEmbedder:
 
 
 def _slow_waves(picture: Image.Image) -> Float32[np.ndarray, "width"]:
-    thumbnail = picture.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX, reducing_gap=2.0).convert("YCbCr")
+    thumbnail = picture.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.HAMMING, reducing_gap=2.0).convert("YCbCr")
     planes = np.asarray(thumbnail, dtype=np.float64).transpose(2, 0, 1) - 128.0
     position, wave = np.arange(THUMBNAIL) + 0.5, np.arange(LUMA_WAVES)[:, None]
     cosines = np.cos(np.pi / THUMBNAIL * position * wave) * np.sqrt(2 / THUMBNAIL)

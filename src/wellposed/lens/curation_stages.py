@@ -171,7 +171,7 @@ def picture_stages(config: CurationConfig, tools: CurationTools) -> list[Stage]:
         *_scored("nsfw", tools.nsfw, Limits(most=config.max_nsfw, above="not safe for work")),
         *_scored("aesthetics", tools.aesthetics, Limits(least=config.min_aesthetics, below="not beautiful enough")),
         *_scored("watermark", tools.watermark, Limits(most=config.max_watermark, above="watermark")),
-        _measured("clarity", lambda x: clarity(_grey(x)), Limits(least=config.min_clarity, below="blurred")),
+        _measured("clarity", lambda x: clarity(_grey(x)), Limits(least=config.min_clarity, below="blurred or empty")),
         _measured("information", lambda x: information(_grey(x)), Limits(least=config.min_information, below="blank")),
         _measured("exposure", lambda x: exposure(np.asarray(x)), lit),
     ]
