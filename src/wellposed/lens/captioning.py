@@ -13,7 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 __all__ = [
     "PUBLISHED_MEAN_WORDS",
@@ -188,7 +188,7 @@ class CaptionStatistics:
     elapsed_seconds: float = 0.0
 
     @classmethod
-    def of(cls, results: Iterable[CaptionResult], *, elapsed_seconds: float | None = None) -> Self:
+    def of(cls, results: Iterable[CaptionResult], *, elapsed_seconds: float | None = None) -> "CaptionStatistics":
         """Those of some results.
 
         Args:
@@ -196,13 +196,13 @@ class CaptionStatistics:
             elapsed_seconds: that these calls took; None if requests were answered one after the other.
         """
         results = list(results)
-        request_seconds = sum(result.seconds for result in results)
-        return cls(
+        request_seconds = sum((result.seconds for result in results), 0.0)
+        return CaptionStatistics(
             words=dict(Counter(word_count(result.text) for result in results if result.text)),
             failures=dict(Counter(result.reason for result in results if result.reason)),
             prompt_tokens=sum(result.prompt_tokens for result in results),
             completion_tokens=sum(result.completion_tokens for result in results),
-            cost=sum(result.cost for result in results),
+            cost=sum((result.cost for result in results), 0.0),
             request_seconds=request_seconds,
             elapsed_seconds=request_seconds if elapsed_seconds is None else elapsed_seconds,
         )
@@ -262,8 +262,8 @@ class CaptionStatistics:
             "words": {str(count): self.words[count] for count in sorted(self.words)},
             "total_words": self.total_words,
             "mean_words": self.mean_words,
-            "median_words": self.percentile(50),
-            "percentiles_words": {str(percent): self.percentile(percent) for percent in (1, 5, 25, 75, 95, 99)},
+            "median_words": self.percentile(50.0),
+            "percentiles_words": {str(percent): self.percentile(float(percent)) for percent in (1, 5, 25, 75, 95, 99)},
             "published_mean_words": PUBLISHED_MEAN_WORDS,
             "usual_words": list(USUAL_WORDS),
             "prompt_tokens": self.prompt_tokens,
@@ -275,13 +275,13 @@ class CaptionStatistics:
         }
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Self:
+    def from_json(cls, values: Mapping[str, Any]) -> "CaptionStatistics":
         """The inverse of :meth:`to_json`.
 
         Raises:
             KeyError: a value is missing.
         """
-        return cls(
+        return CaptionStatistics(
             words={int(count): captions for count, captions in values["words"].items()},
             failures=dict(values["failures"]),
             **{

@@ -181,7 +181,7 @@ class _Budget:
         limit = partial(RateLimit, clock=captioner.clock, sleep=captioner.sleep)
         self._requests, self._tokens = limit(captioner.requests_per_minute), limit(captioner.tokens_per_minute)
         # English has some four letters to a token and three words to four tokens.
-        self._guess = PICTURE_TOKENS + len(captioner.instructions) // 4 + 4 * captioner.max_words // 3
+        self._guess = PICTURE_TOKENS + len(captioner.instructions) / 4 + 4 * captioner.max_words / 3
         self._prices = captioner.price_per_million_input / 1e6, captioner.price_per_million_output / 1e6
         self._max_cost = captioner.max_cost
         self._lock = threading.Lock()
@@ -245,7 +245,7 @@ class _Call:
             seconds=self.captioner.clock() - begin,
             prompt_tokens=sum(answer.usage[0] for answer in answers if answer.usage),
             completion_tokens=sum(answer.usage[1] for answer in answers if answer.usage),
-            cost=sum(self.budget.cost(answer.usage) for answer in answers),
+            cost=sum((self.budget.cost(answer.usage) for answer in answers), 0.0),
         )
 
     def _caption(self, request: CaptionRequest, answers: list[ChatAnswer]) -> str:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from PIL import Image
@@ -77,7 +77,7 @@ class LocalCaptioner(CaptionWriter):
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
         **fields: Any,
-    ) -> Self:
+    ) -> "LocalCaptioner":
         """One of a model of transformers, from a folder or the hub.
 
         Args:
@@ -177,9 +177,12 @@ class LocalCaptioner(CaptionWriter):
             )
             for prompt in prompts
         ]
+        begin = processor.tokenizer.bos_token
         return processor(
             text=texts,
             images=[[picture] for picture in pictures],
+            # Templates that begin with the token of the beginning must not get a second one.
+            add_special_tokens=begin is None or not texts[0].startswith(begin),
             padding=True,
             padding_side="left",
             return_tensors="pt",
