@@ -17,6 +17,8 @@ __all__ = ["USAGE_FILE", "Usage", "UsageMeter", "read_usage", "usage_before"]
 
 USAGE_FILE = "usage.json"
 
+NO_AMOUNTS = ("device", "kind", "peak_source", "counters", "captioning")
+
 # How much time a process may lose from the account that is killed between two checkpoints.
 SECONDS_BETWEEN_WRITES = 10.0
 
@@ -69,9 +71,9 @@ class Usage:
     captioning: Mapping[str, float | int] = field(default_factory=dict[str, float | int])
 
     def __post_init__(self) -> None:
-        own = {f.name: getattr(self, f.name) for f in fields(self)}
-        _check_amounts({name: value for name, value in own.items() if isinstance(value, int | float)})
-        _check_amounts({**self.counters, **self.captioning})
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in NO_AMOUNTS}
+        known = {name: amount for name, amount in own.items() if amount is not None}
+        _check_amounts({**known, **self.counters, **self.captioning})
 
     @property
     def device_hours(self) -> float:
@@ -176,7 +178,7 @@ class UsageMeter:
         Raises:
             ValueError: the data count something negative or not finite.
         """
-        counts = dict(self._counts_at(step)) if self._counts_at else {}
+        counts = {name: float(n) for name, n in self._counts_at(step).items()} if self._counts_at else {}
         _check_amounts(counts, f"counts_at({step}) of the data says ")
         flops = counts.pop("flops", flops)
         done = self._counted
@@ -232,7 +234,7 @@ class UsageMeter:
             self.write()
 
 
-def _check_amounts(amounts: Mapping[str, float | int], whose: str = "") -> None:
+def _check_amounts(amounts: Mapping[str, Any], whose: str = "") -> None:
     for name, amount in amounts.items():
-        if not 0 <= amount < math.inf:
+        if not isinstance(amount, int | float) or not 0 <= amount < math.inf:
             raise ValueError(f"{whose}{name} is {amount}; an amount is a number >= 0")
