@@ -25,7 +25,7 @@ from wellposed.data.digit_scenes import DigitScene, SceneSplit, draw, draw_all, 
 from wellposed.data.images import hashed_bits
 from wellposed.data.pictures import save_image
 
-__all__ = ["CaptionedDigits", "captioned_digits", "write_captioned_folder"]
+__all__ = ["CaptionedDigits", "caption_name", "captioned_digits", "write_captioned_folder"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +175,7 @@ def write_captioned_folder(
 
     The raw corpus of a run that starts at the curation of images: the pictures of ``captioned_digits(count, *sizes,
     split=split, seed=seed)``, the same bytes wherever they are written by the same libraries. ``captions`` in the
-    sidecar is a table by style and by language. What is there already is kept; a second call goes on where the first
+    sidecar has one for each style and language by :func:`caption_name`. What is there already is kept; a second call goes on where the first
     was stopped.
 
     Args:
@@ -208,9 +208,16 @@ def write_captioned_folder(
             )
 
 
+def caption_name(style: Style, language: Language) -> str:
+    """What captions of a style and a language are called in metadata: "dense", and "dense_fr" for any but English."""
+    return style if language == "en" else f"{style}_{language}"
+
+
 def _described(scene: DigitScene, height: int, width: int) -> dict[str, Any]:
     captions = {
-        style: {language: caption(scene, style=style, language=language) for language in LANGUAGES} for style in STYLES
+        caption_name(style, language): caption(scene, style=style, language=language)
+        for style in STYLES
+        for language in LANGUAGES
     }
     return {"scene": asdict(scene), "height": height, "width": width, "captions": captions}
 

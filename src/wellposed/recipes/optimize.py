@@ -73,12 +73,31 @@ def _relative_rate(settings: TrainingSettings, steps: int) -> Callable[[int], fl
 
 
 def training_config(
-    settings: TrainingSettings, *, steps: int, seed: int, device: str, progress: bool
+    settings: TrainingSettings, *, steps: int, seed: int, device: str, progress: bool, shares: int | None = None
 ) -> TrainingConfig:
-    """How the run goes on this many ranks."""
+    """How the run goes on this many ranks.
+
+    Args:
+        settings: how the network is trained.
+        steps: training steps in all.
+        seed: of the noise.
+        device: "auto", "cpu", "cuda", ...
+        progress: show a progress bar.
+        shares: of a step, where the data fix their number; None to split the batch by the settings.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if shares is None:
+        accumulation = gradient_accumulation(settings, world_size)
+    elif shares % world_size:
+        raise ValueError(
+            f"a step of {shares} shares cannot be spread evenly over {world_size} ranks; take a number of ranks that "
+            f"divides {shares}, or change the recipe's shares"
+        )
+    else:
+        accumulation = shares // world_size
     return TrainingConfig(
         max_steps=steps,
-        gradient_accumulation=gradient_accumulation(settings, int(os.environ.get("WORLD_SIZE", "1"))),
+        gradient_accumulation=accumulation,
         precision=settings.precision,
         checkpoint_every=settings.checkpoint_every,
         log_every=settings.log_every,

@@ -1,0 +1,90 @@
+"""From a text-to-image recipe to a run folder with a pipeline in it.
+
+====================  ================================================================================================
+``corpus/``           captioned images in shards, and what curation rejected
+``autoencoder/``      the autoencoder, where the run trains it
+``text_encoder/``     the text encoder, where the run makes it
+``features/``         text features, each caption's encoded once
+``STAGE/``            checkpoints and metrics of an earlier stage, its network in ``model``
+``checkpoints/``      of the last stage, beside its ``metrics.jsonl`` and ``usage.json``
+``pipeline/``         the ``LensPipeline``
+``samples/``          pictures at each checkpoint
+====================  ================================================================================================
+"""
+
+from pathlib import Path
+from typing import Any
+
+from wellposed.recipes.device import resolved_device
+from wellposed.recipes.optimize import component_config
+from wellposed.recipes.recipe import TrainedRun
+from wellposed.recipes.run_folder import is_main_process, resolved_settings, start_run, write_json
+from wellposed.recipes.stages import StageOptions
+from wellposed.recipes.t2i_recipe import TextToImageRecipe
+from wellposed.recipes.t2i_stages import Parts, first_on_main, pretraining_stage
+from wellposed.training.distributed import worker_group
+
+__all__ = ["train_t2i"]
+
+
+def train_t2i(
+    recipe: TextToImageRecipe,
+    out: str | Path,
+    *,
+    steps: int | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    resume: bool = False,
+    progress: bool = True,
+) -> TrainedRun:
+    """Train a recipe and leave a run folder; see ``Recipe.train``. ``steps`` are those of each stage.
+
+    Raises:
+        FileNotFoundError: files that the recipe needs are missing.
+        ValueError: a folder in use, a checkpoint that does not fit, steps < 1, or others than those of the resumed run.
+        TrainingInterrupted: after Ctrl-C or SIGTERM; ``resume`` goes on from there.
+    """
+    if steps is not None and steps < 1:
+        raise ValueError(f"steps is {steps}; give at least 1")
+    resolved_device(device)
+    for file in recipe.required_files():
+        file.found_in(recipe.folder)
+    run = start_run(out, recipe, resume=resume)
+    options = StageOptions(seed=seed, device=device, steps=steps, progress=progress)
+    if run.settings_file.is_file() and run.settings().get("steps") != steps:
+        raise ValueError(
+            f"{run.path} was begun with steps = {run.settings().get('steps')} for each stage, now {steps} (None is the "
+            "recipe's own); resume it with the same, or choose another --out"
+        )
+    settings: dict[str, Any] = resolved_settings(recipe, seed=seed, steps=steps, device=device)
+    if is_main_process():
+        write_json(run.settings_file, settings)
+    with worker_group(device):  # one group for all stages
+        corpus = first_on_main(recipe.corpus, run.path / "corpus", recipe.folder, recipe, options)
+        autoencoder = recipe.autoencoder.get(run.path / "autoencoder", recipe.folder, corpus, seed, device)
+        text_encoder = first_on_main(recipe.text_encoder, run.path / "text_encoder", recipe.folder, corpus, options)
+        parts = Parts(corpus=corpus, autoencoder=autoencoder, text_encoder=text_encoder)
+        network, metrics = None, {}
+        for place, stage in enumerate(recipe.stages):
+            is_last = place == len(recipe.stages) - 1
+            trained = pretraining_stage(
+                recipe,
+                stage,
+                parts,
+                run.path if is_last else run.path / stage.name,
+                options,
+                before=network,
+                features=run.path / "features" if recipe.cache_features else None,
+                export=run.pipeline,
+                samples=run.samples / stage.name,
+            )
+            network = trained.model
+            metrics |= {f"{stage.name}/{name}": value for name, value in trained.metrics.items()}
+    settings |= {
+        "dataset": {"images": len(corpus), "fingerprint": corpus.fingerprint()},
+        "network": component_config(network),
+        "vae": component_config(autoencoder),
+    }
+    if is_main_process():
+        write_json(run.settings_file, settings)
+    return TrainedRun(folder=run.path, settings=settings, metrics=metrics)
