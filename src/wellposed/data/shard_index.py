@@ -187,6 +187,9 @@ def scan_shard(path: Path) -> ShardIndex:
             ended = not any(file.read(END))
     except tarfile.TarError as error:
         raise ValueError(f"{path} is no tar file ({error}); remove it or copy it again from its source") from error
+    if entries and not ended:
+        # What the last sample lacks may have been behind the place where the file breaks off.
+        entries[-1] = entries[-1]._replace(row=(*entries[-1].row[:-1], SHORT))
     return ShardIndex.of(entries, size, ended=ended)
 
 

@@ -444,7 +444,7 @@ class ShardedImages:
 
     def _picture(self, position: int) -> Image.Image:
         row = self.rows[position]
-        content = self._read(position, row["picture"], row["picture_bytes"])
+        content = self._read(position, "picture")
         if zlib.crc32(content) != row["picture_checksum"]:
             raise ValueError(f"{self._name(position)}: its picture changed since it was indexed; copy the shard again")
         try:
@@ -453,29 +453,29 @@ class ShardedImages:
             raise ValueError(f"{self._name(position)}: {FAULTS[PICTURE]} ({error})") from error
         if picture.size != (row["width"], row["height"]):
             raise ValueError(
-                f"{self._name(position)}: its picture has {picture.height} x {picture.width} pixels and its header "
-                f"says {row['height']} x {row['width']}; replace it"
+                f"{self._name(position)}: its picture has {picture.height} x {picture.width} pixels, not {row['height']} "
+                f"x {row['width']} as indexed; remove the index and call index_shards(folder)"
             )
         return picture
 
     def _caption(self, position: int, style: str) -> str:
-        row = self.rows[position]
-        text, about = (self._read(position, row[part], row[f"{part}_bytes"]) for part in ("text", "about"))
-        if zlib.crc32(about, zlib.crc32(text)) != row["text_checksum"]:
+        text, about = self._read(position, "text"), self._read(position, "about")
+        if zlib.crc32(about, zlib.crc32(text)) != self.rows[position]["text_checksum"]:
             raise ValueError(f"{self._name(position)}: its texts changed since they were indexed; copy the shard again")
         return captions_by_style(json_object(about))[style] if style else text.decode()
 
-    def _read(self, position: int, place: int, length: int) -> bytes:
+    def _read(self, position: int, part: str) -> bytes:
         path = self.shards[self.shard_numbers[position]]
-        content = os.pread(self._opened(path).number, int(length), int(place))
+        place, length = int(self.rows[part][position]), int(self.rows[f"{part}_bytes"][position])
+        content = self._opened(path).read(place, length)
         if len(content) < length:
             raise ValueError(f"{self._name(position)}: {FAULTS[SHORT]}")
         return content
 
     @cached_property
-    def _opened(self) -> "Callable[[Path], _Descriptor]":
+    def _opened(self) -> "Callable[[Path], _OpenFile]":
         """Kept open: to open a file for every sample is slow on a network's disks."""
-        return lru_cache(maxsize=MOST_OPEN)(_Descriptor)
+        return lru_cache(maxsize=MOST_OPEN)(_OpenFile)
 
     def _name(self, position: int) -> str:
         path = self.shards[self.shard_numbers[position]]
@@ -483,12 +483,16 @@ class ShardedImages:
         return _sample_name(path, index.keys[index.rows["picture"] == self.rows["picture"][position]][0])
 
 
-class _Descriptor:
-    """An open file, which closes when the last thread that reads from it is done."""
+class _OpenFile:
+    """A file that any number of threads read from; it closes when the last of them is done and the cache forgot it."""
 
     def __init__(self, path: Path) -> None:
-        self.number = os.open(path, os.O_RDONLY)
-        weakref.finalize(self, os.close, self.number)
+        self._descriptor = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._descriptor)
+
+    def read(self, place: int, length: int) -> bytes:
+        """Without a position that threads would share; shorter than asked for at the end of the file."""
+        return os.pread(self._descriptor, length, place)
 
 
 class _OpenShard(NamedTuple):
@@ -516,10 +520,10 @@ def _open_shard(path: Path, styles: Sequence[str]) -> _OpenShard:
     ends = np.max([rows[part] + rows[f"{part}_bytes"] for part in ("picture", "text", "about")], axis=0)
     kinds = np.where(ends > size, SHORT, rows["fault"])
     sound = (kinds == SOUND) & (words > 0).all(1)
-    faults = [
-        f"{_sample_name(path, index.keys[i])}: {FAULTS[kinds[i]] or _without_style(words[i], styles, index.styles)}"
-        for i in np.flatnonzero(~sound)
-    ]
+    faults: list[str] = []
+    for i in np.flatnonzero(~sound).tolist():
+        fault = FAULTS[kinds[i]] or _without_style(words[i].tolist(), styles, index.styles)
+        faults.append(f"{_sample_name(path, index.keys[i])}: {fault}")
     if not (index.ended and size == index.shard_bytes) and SHORT not in kinds:
         faults.append(f"{path}: {FAULTS[SHORT]}")
     return _OpenShard(rows[sound], words[sound], tuple(faults))
