@@ -458,10 +458,10 @@ def test_bytes_that_change_after_indexing_are_not_trained_on(tmp_path):
 
 
 def test_what_only_decoding_shows_is_refused_then(tmp_path):
-    noise = np.random.default_rng(0).integers(0, 256, (40, 48, 3), dtype=np.uint8)
-    whole = encoded(Image.fromarray(noise), "JPEG")
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 48, 3), dtype=np.uint8))
+    whole = encoded(noise, "JPEG")
     cut = whole[: -len(whole) // 4]
-    lying = bytearray(encoded(painted(2)))
+    lying = bytearray(encoded(noise))
     lying[16:24] = struct.pack(">II", 96, 20)  # twice as wide as the rows that follow
     lying[29:33] = struct.pack(">I", zlib.crc32(lying[12:29]))
     write_shards([sample(n, picture=bytes(picture)) for n, picture in enumerate((whole, cut, lying))], tmp_path)

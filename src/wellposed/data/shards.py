@@ -453,8 +453,8 @@ class ShardedImages:
             raise ValueError(f"{self._name(position)}: {FAULTS[PICTURE]} ({error})") from error
         if picture.size != (row["width"], row["height"]):
             raise ValueError(
-                f"{self._name(position)}: its picture has {picture.height} x {picture.width} pixels, not {row['height']} "
-                f"x {row['width']} as indexed; remove the index and call index_shards(folder)"
+                f"{self._name(position)}: its picture has {picture.height} x {picture.width} pixels, not "
+                f"{row['height']} x {row['width']} as indexed; remove the index and call index_shards(folder)"
             )
         return picture
 
