@@ -32,8 +32,9 @@ class Endpoint(BaseHTTPRequestHandler):
         """Silent."""
 
 
-def says(content: Any, **choice: Any) -> Callable[[Endpoint], None]:
-    completion = {"choices": [{"index": 0, "message": {"role": "assistant", "content": content}, **choice}]}
+def says(content: Any, *, usage: Any = None, **choice: Any) -> Callable[[Endpoint], None]:
+    choices = [{"index": 0, "message": {"role": "assistant", "content": content}, **choice}]
+    completion = {"choices": choices, "usage": usage}
     return lambda handler: handler.send(json.dumps(completion).encode(), Content_Type="application/json")
 
 
