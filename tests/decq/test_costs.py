@@ -210,7 +210,7 @@ def test_what_queries_cost_the_autoencoder(
 
 
 def test_what_queries_as_channels_cost() -> None:
-    """Half as much again as eight tokens, nearly all beside the encoder: decoder and generator get no longer sequence."""
+    """Half as much again as eight tokens, nearly all beside the encoder: decoder and generator get no more tokens."""
     n, d, f, c = 256, 768, 3072, 24
     with torch.device("meta"):
         condensers = DetailCondensers(n, (0, 3, 6, 9), width=d, heads=12, bottleneck_dim=c)

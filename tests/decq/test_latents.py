@@ -176,12 +176,15 @@ def test_fingerprint_knows_what_weights_do_not(build: Build, tmp_path: Path) -> 
     others = [
         EncodedImages(build(num_summed_layers=2, **SMALL), images),
         EncodedImages(build(condenser_layers=(0, 1), **SMALL), images),
+        EncodedImages(build(**CHANNELS, **SMALL), images),
         EncodedImages(base.autoencoder, replace(images, flip=True)),
         EncodedImages(base.autoencoder, replace(images, labels=None)),
     ]
     moved = build(**SMALL)
     torch.nn.init.zeros_(moved.condensers.queries)
-    assert len({one.fingerprint() for one in (base, *others, EncodedImages(moved, images))}) == 6
+    assert len({one.fingerprint() for one in (base, *others, EncodedImages(moved, images))}) == 7
+    # As it was before there were channels of queries: latents that were kept then are not thrown away.
+    assert base.fingerprint().endswith(" 9ba74b476ad3cc3bcf65336156487fe02f6abc3ba0aff3cbb2d44aaeb6f4a54b")
 
 
 def test_cached_latents_are_those_of_every_epoch(build: Build, tmp_path: Path) -> None:

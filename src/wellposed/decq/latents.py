@@ -196,7 +196,10 @@ class EncodedImages:
 
     def fingerprint(self) -> str:
         """A hash of images, weights, and what of the autoencoder is not in its weights: taps, summed layers."""
-        fields = {name: value for name, value in self.autoencoder.config.items() if not name.startswith("_")}
+        # Names and shapes of the weights tell these; left out, so that latents kept before these fields stay valid.
+        told = ("query_fusion", "query_bottleneck_dim")
+        config = self.autoencoder.config
+        fields = {name: value for name, value in config.items() if not name.startswith("_") and name not in told}
         about = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()
         return f"{self.images.fingerprint()} {hash_weights(self.autoencoder)} {about}"
 
