@@ -49,8 +49,9 @@ from wellposed.recipes.decq_comparison import (
     time_to_reach,
 )
 from wellposed.recipes.latent_recipe import EncoderSource, LatentRecipe
-from wellposed.recipes.latent_stages import StageOptions, encoder_stage
+from wellposed.recipes.latent_stages import encoder_stage
 from wellposed.recipes.real_images import real_images
+from wellposed.recipes.stages import StageOptions
 from wellposed.report.record import write_result
 
 BLOCK_SIZES = (32, 8, 1)  # mean colour, means of a 4 x 4 grid, the rest

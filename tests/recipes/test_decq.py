@@ -42,10 +42,11 @@ from wellposed.recipes.decq import (
 from wellposed.recipes.latent_draw import draw_images, load_generator, reconstructed
 from wellposed.recipes.latent_evaluate import measure_reconstruction, score_latent
 from wellposed.recipes.latent_recipe import EncoderSource, GuideSettings, LatentRecipe
-from wellposed.recipes.latent_stages import StageOptions, autoencoder_stage
+from wellposed.recipes.latent_stages import autoencoder_stage
 from wellposed.recipes.optimize import player
 from wellposed.recipes.real_images import real_images
 from wellposed.recipes.recipe import DATA_VARIABLE, RequiredFile, TrainingSettings
+from wellposed.recipes.stages import StageOptions
 from wellposed.training import TrainingInterrupted
 from wellposed.training.run import Run
 

@@ -29,8 +29,6 @@ from wellposed.recipes.latent_evaluate import Reconstruction, measure_reconstruc
 from wellposed.recipes.latent_recipe import LatentRecipe
 from wellposed.recipes.latent_stages import (
     GENERATOR,
-    StageOptions,
-    Trained,
     autoencoder_stage,
     generator_stage,
     latent_stage,
@@ -38,6 +36,7 @@ from wellposed.recipes.latent_stages import (
 )
 from wellposed.recipes.real_images import RealImages
 from wellposed.recipes.run_folder import write_json
+from wellposed.recipes.stages import StageOptions, Trained
 from wellposed.training import Callback, Run
 
 __all__ = [

@@ -8,9 +8,9 @@ import copy
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from diffusers.utils import logging
@@ -32,6 +32,7 @@ from wellposed.recipes.latent_recipe import GenerationSettings, LatentRecipe
 from wellposed.recipes.optimize import averaged_network, player, seeded_network, train_what_counts, training_config
 from wellposed.recipes.recipe import TrainingSettings
 from wellposed.recipes.run_folder import is_main_process, write_json
+from wellposed.recipes.stages import StageOptions, Trained, frozen_on
 from wellposed.training import (
     Callback,
     IndexedDataset,
@@ -50,8 +51,6 @@ from wellposed.training.export import replaced_folder
 
 __all__ = [
     "GENERATOR",
-    "StageOptions",
-    "Trained",
     "autoencoder_stage",
     "encoder_stage",
     "generator_stage",
@@ -64,38 +63,6 @@ __all__ = [
 AUTOENCODER, DISCRIMINATOR, GENERATOR = "autoencoder", "discriminator", "generator"
 FINISHED_FILE = "finished.json"
 NUM_SHOWN, NUM_GRID_IMAGES = 10, 40
-
-Model = TypeVar("Model", bound=nn.Module)
-
-
-@dataclass(frozen=True, kw_only=True)
-class StageOptions:
-    """What a person chooses about a stage beyond its recipe.
-
-    Attributes:
-        seed: of weights, noise and the order of the data.
-        device: "auto", "cpu", "cuda", ...
-        steps: of training, None for the recipe's.
-        progress: show progress bars.
-    """
-
-    seed: int = 0
-    device: str = "auto"
-    steps: int | None = None
-    progress: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Trained(Generic[Model]):
-    """What a stage leaves.
-
-    Attributes:
-        model: in evaluation mode, on the stage's device.
-        metrics: the last of training.
-    """
-
-    model: Model
-    metrics: Mapping[str, float]
 
 
 def encoder_stage(recipe: LatentRecipe, folder: Path, options: StageOptions) -> nn.Module:
@@ -123,10 +90,12 @@ def autoencoder_stage(
         )
         if not _is_finished(folder / "model", steps):
             _export(fresh, result.averages.get(AUTOENCODER), folder / "weights", workers)
-            autoencoder = _on(AutoencoderDecQ.from_pretrained(folder / "weights"), workers)
+            autoencoder = frozen_on(AutoencoderDecQ.from_pretrained(folder / "weights"), workers)
             latent_statistics(autoencoder, images, workers, mirrored=images.flip).apply_to(autoencoder)
             _keep(autoencoder, folder / "model", steps, workers)
-        return Trained(model=_on(AutoencoderDecQ.from_pretrained(folder / "model"), workers), metrics=result.metrics)
+        return Trained(
+            model=frozen_on(AutoencoderDecQ.from_pretrained(folder / "model"), workers), metrics=result.metrics
+        )
 
 
 def latent_stage(
@@ -260,7 +229,7 @@ def _flow_stage(
         players = player(GENERATOR, network, objective, training, steps=steps)
         result = _train_stage([players], latents, training, folder, steps, options, callbacks)
         _export(network, result.averages.get(GENERATOR), folder / "model", workers)
-        model = _on(DecQTransformer2DModel.from_pretrained(folder / "model"), workers)
+        model = frozen_on(DecQTransformer2DModel.from_pretrained(folder / "model"), workers)
         return Trained(model=model, metrics=result.metrics)
 
 
@@ -319,7 +288,7 @@ def _distilled(objective: Objective, autoencoder: AutoencoderDecQ, weight: float
     reference = copy.deepcopy(autoencoder).requires_grad_(False).eval()
     del reference.decoder, reference.condensers
 
-    def reference_on(context: StepContext) -> AutoencoderDecQ:
+    def referencefrozen_on(context: StepContext) -> AutoencoderDecQ:
         nn.Module.to(reference, context.device)
         return reference
 
@@ -330,7 +299,7 @@ def _distilled(objective: Objective, autoencoder: AutoencoderDecQ, weight: float
         pixels = (batch.images + 1) / 2
         ours, theirs = (
             model.encoder_tokens(pixels, hidden_states=False).last
-            for model in (cast(AutoencoderDecQ, models[context.player]), reference_on(context))
+            for model in (cast(AutoencoderDecQ, models[context.player]), referencefrozen_on(context))
         )
         distance = nn.functional.mse_loss(ours, theirs)
         return loss + weight * distance, {**metrics, "distance": distance}
@@ -347,10 +316,6 @@ def _export(model: nn.Module, average: WeightAverage | None, folder: Path, worke
     """What training left. After it and not at its last checkpoint, behind which a process may have died."""
     export_pretrained(model, folder, average=average)
     workers.any(False)  # the others load it next
-
-
-def _on(model: Any, workers: Workers) -> Any:
-    return model.to(workers.device).eval().requires_grad_(False)
 
 
 def _is_finished(folder: Path, steps: int) -> bool:

@@ -14,7 +14,6 @@ from pathlib import Path
 from wellposed.recipes.device import resolved_device
 from wellposed.recipes.latent_recipe import LatentRecipe
 from wellposed.recipes.latent_stages import (
-    StageOptions,
     autoencoder_stage,
     encoder_stage,
     generator_stage,
@@ -23,6 +22,7 @@ from wellposed.recipes.latent_stages import (
 )
 from wellposed.recipes.recipe import TrainedRun
 from wellposed.recipes.run_folder import RunFolder, is_main_process, resolved_settings, start_run, write_json
+from wellposed.recipes.stages import StageOptions
 from wellposed.training.distributed import worker_group
 
 __all__ = ["train_latent"]
