@@ -1,4 +1,4 @@
-"""The command line: ``wellposed demo | list | train | sample | evaluate | report``.
+"""The command line: ``wellposed demo | list | train | sample | evaluate | report | account``.
 
 Thin on purpose: it parses, calls a function of the library, and says in one line what went wrong. Nothing heavy is
 imported before the arguments are understood, so that ``--help`` and ``list`` answer at once.
@@ -72,6 +72,7 @@ def main(argv: list[str] | None = None) -> int:
         "sample": _sample,
         "evaluate": _evaluate,
         "report": _report,
+        "account": _account,
     }
     try:
         if arguments and not arguments[0].startswith("-") and arguments[0] not in commands:
@@ -210,7 +211,7 @@ def _evaluate(
         scores = recipe.evaluate(
             run, count=count, steps=steps, seed=seed, device=device, resume=resume, on_progress=show, **options
         )
-    _show_scores(scores)
+    _show_table(scores.columns, scores.rows, scores.caption)
     _record_scores(run, scores, seed, started)
 
 
@@ -232,6 +233,39 @@ def _report(
 
     page = report_runs(list(runs), runs[0] / "report.html" if out is None else out)
     _tell(f"wrote {page}")
+
+
+def _account(
+    runs: Annotated[
+        tuple[str, ...],
+        tyro.conf.Positional,
+        tyro.conf.arg(
+            metavar="RUN [RUN ...]", help="folders of runs, or published: lens, z-image", help_behavior_hint=""
+        ),
+    ],
+    to: Annotated[
+        str | None,
+        tyro.conf.arg(
+            metavar="METRIC=VALUE",
+            help="count each run until it reached this score",
+            help_behavior_hint="(default: to its end)",
+        ),
+    ] = None,
+) -> None:
+    """Show what runs used, and take the ratio of the first one's cost to each other's apart."""
+    if not runs:
+        raise _Misuse("no runs to account for; name at least one: wellposed account runs/lgs_tiny, or: lens z-image")
+    metric, _, value = (to or "").rpartition("=")
+    try:
+        reached = None if to is None else float(value)
+    except ValueError:
+        raise _Misuse(f"--to is {to!r}; write a metric and a number: --to accuracy=0.9") from None
+    from wellposed.report.account import PUBLISHED, Target, account_tables, read_setting
+
+    settings = [PUBLISHED.get(run) or read_setting(Path(run), run) for run in runs]
+    for table in account_tables(settings, None if reached is None else Target(metric=metric, value=reached)):
+        _show_table(table.columns, table.rows)
+        _tell("\n".join(table.remarks))
 
 
 def _recipe(name: str) -> "Recipe":
@@ -301,12 +335,12 @@ def _record_scores(run: Path, scores: "ScoreTable", seed: int, started: datetime
     )
 
 
-def _show_scores(scores: "ScoreTable") -> None:
+def _show_table(columns: Sequence[str], rows: Iterable[Sequence[str]], caption: str | None = None) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(*scores.columns, caption=scores.caption)
-    for row in scores.rows:
+    table = Table(*columns, caption=caption)
+    for row in rows:
         table.add_row(*row)
     Console().print(table)
 

@@ -18,6 +18,8 @@ COMMANDS = {
     "sample": {"--steps", "--seed", "--device", "--count", "--num-lanczos-steps", "--prompt"},
     "evaluate": {"--steps", "--seed", "--device", "--resume", "--count", "--num-lanczos-steps"},
     "report": {"--out"},
+    # Runs of different quality compare at a score that both reach, which is a question to them and no recipe's.
+    "account": {"--to"},
     "list": set(),
 }
 
@@ -53,7 +55,10 @@ def test_flags_are_these(command: str) -> None:
     assert flags_in(help_of(command)) == COMMANDS[command]
 
 
-@pytest.mark.parametrize("arguments", [("no_such_command",), ("train", "no_such_recipe"), ("report", "no/such/folder")])
+@pytest.mark.parametrize(
+    "arguments",
+    [("no_such_command",), ("train", "no_such_recipe"), ("report", "no/such/folder"), ("account", "no/such/folder")],
+)
 def test_mistakes_get_one_clear_line(arguments: tuple[str, ...]) -> None:
     done = wellposed(*arguments)
     assert done.returncode != 0

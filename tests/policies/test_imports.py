@@ -35,7 +35,7 @@ def test_importing_the_package_is_quick() -> None:
     assert min(float(run(code)) for _ in range(3)) < 0.1
 
 
-@pytest.mark.parametrize("command", ["", "demo", "train", "sample", "evaluate", "report", "list"])
+@pytest.mark.parametrize("command", ["", "demo", "train", "sample", "evaluate", "report", "account", "list"])
 def test_asking_for_help_does_not_import_torch(command: str) -> None:
     loaded = run(
         f"import sys; from wellposed.cli import main; sys.argv = ['wellposed', *{command.split()}, '--help']\n"

@@ -1,8 +1,9 @@
 """The page of one or several runs, made from what they left in their folders.
 
 A run's folder may hold ``record.json`` (:mod:`wellposed.report.record`), ``metrics.jsonl`` (one JSON object a line,
-written by the training loop) and ``validation.jsonl`` (the same for what is measured at checkpoints), ``outputs.json``
-(:mod:`wellposed.report.outputs`), pictures ``*.png`` in it or in ``samples/``, and texts ``*.txt`` in ``samples/``.
+written by the training loop) and ``validation.jsonl`` (the same for what is measured at checkpoints), ``usage.json``
+(:mod:`wellposed.report.account`), ``outputs.json`` (:mod:`wellposed.report.outputs`), pictures ``*.png`` in it or in
+``samples/``, and texts ``*.txt`` in ``samples/``.
 What is missing is left out.
 """
 
@@ -15,12 +16,14 @@ from html import escape
 from pathlib import Path
 from typing import Any, cast
 
+from wellposed.report.account import Setting, facts, read_setting
 from wellposed.report.outputs import OUTPUTS_FILE, persistence_items
 from wellposed.report.page import Cell, Column, Figure, Item, Page, Section, Table, write_page
 from wellposed.report.pictures import INK, Picture, read_png
 from wellposed.report.plots import Series, draw, lines
 from wellposed.report.record import RECORD_FILE, Record, provenance, read_record
 from wellposed.training import METRICS_FILE
+from wellposed.training.usage import USAGE_FILE
 
 __all__ = ["Run", "read_metrics", "read_run", "report_runs", "smoothed", "text_picture"]
 
@@ -46,6 +49,7 @@ class Run:
         pictures: sample grids with the names of their files, the last written first.
         texts: sampled texts with the names of their files, the last written first.
         outputs: what token reduction can build on, by scope.
+        used: what training used; None where it left no account.
     """
 
     name: str
@@ -54,6 +58,7 @@ class Run:
     pictures: tuple[tuple[str, Picture], ...]
     texts: tuple[tuple[str, str], ...] = ()
     outputs: Mapping[str, Any] | None = None
+    used: Setting | None = None
 
 
 def report_runs(folders: Sequence[Path], out: Path) -> Path:
@@ -71,6 +76,7 @@ def report_runs(folders: Sequence[Path], out: Path) -> Path:
     runs = _with_distinct_names([read_run(folder) for folder in folders], folders)
     candidates = [
         _metrics_section(runs),
+        _efficiency_section(runs),
         _curves_section(runs),
         _samples_section(runs),
         _outputs_section(runs),
@@ -115,6 +121,7 @@ def read_run(folder: Path) -> Run:
         pictures=tuple((path.stem, read_png(path)) for path in pictures),
         texts=tuple((path.stem, path.read_text(encoding="utf-8", errors="replace")) for path in texts),
         outputs=_read_outputs(folder / OUTPUTS_FILE),
+        used=read_setting(folder, folder.resolve().name) if (folder / USAGE_FILE).exists() else None,
     )
 
 
@@ -176,6 +183,13 @@ def _with_distinct_names(runs: Sequence[Run], folders: Sequence[Path]) -> list[R
 def _metrics_section(runs: Sequence[Run]) -> Section | None:
     values = {run.name: _flat(run.record.metrics) for run in runs if run.record is not None}
     return _comparison("metrics", "Results", values, "Measured at the end of each run.")
+
+
+def _efficiency_section(runs: Sequence[Run]) -> Section | None:
+    values: dict[str, dict[str, Cell]] = {run.name: {**facts(run.used)} for run in runs if run.used is not None}
+    notes = [f"- {run.name}: {note}" for run in runs if run.used is not None for note in run.used.notes]
+    caption = "What training used, over all its sessions. `wellposed account RUN RUN` takes the ratio of two apart."
+    return _comparison("efficiency", "Efficiency", values, caption, "\n".join(notes))
 
 
 def _settings_section(runs: Sequence[Run]) -> Section | None:

@@ -135,7 +135,8 @@ class UsageMeter:
 
     Data may offer two things beyond :class:`TrainingData`. ``counts_at(step) -> Mapping[str, float]`` says what the
     step amounts to over all its shares: "flops" are its model FLOPs, which are exact even where steps differ and take
-    the place of the loop's own count; other names are the data's. ``captioning_cost`` maps units to amounts.
+    the place of the loop's own count; other names are the data's. The main rank alone asks. ``captioning_cost`` maps
+    units to amounts.
 
     Args:
         path: where ``usage.json`` is to be.
@@ -157,7 +158,9 @@ class UsageMeter:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._path, self._workers, self._clock = path, workers, clock
-        self._counts_at: Callable[[int], Mapping[str, float]] | None = getattr(data, "counts_at", None)
+        self._counts_at: Callable[[int], Mapping[str, float]] | None = (
+            getattr(data, "counts_at", None) if workers.is_main else None
+        )
         # The main rank's for all of them, so that all log the same.
         device, peak = workers.main_does(lambda: (device_name(workers.device), device_peak(workers.device, arithmetic)))
         hardware: dict[str, Any] = {
