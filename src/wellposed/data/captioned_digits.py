@@ -25,6 +25,8 @@ from wellposed.data.digit_scenes import DigitScene, SceneSplit, draw, draw_all, 
 from wellposed.data.images import hashed_bits
 from wellposed.data.pictures import save_image
 
+Indices = Sequence[int] | Int[Tensor, " batch"] | Int[np.ndarray, " batch"]
+
 __all__ = ["CaptionedDigits", "caption_name", "captioned_digits", "write_captioned_folder"]
 
 
@@ -58,12 +60,12 @@ class CaptionedDigits:
                 f"{self.name!r}: {len(self.scenes)} scenes and {len(self.native_sizes)} sizes; give at least one each"
             )
         if not self.languages or not set(self.languages) <= set(LANGUAGES):
-            raise ValueError(f"languages are {self.languages!r}; give some of {', '.join(LANGUAGES)}")
+            raise ValueError(f"languages are {self.languages!r}; give some of {', '.join(map(repr, LANGUAGES))}")
         shares = self._shares
         if not shares or not set(shares) <= set(STYLES) or min(shares.values()) <= 0:
             raise ValueError(
-                f"style is {self.style!r}; write one of {', '.join(STYLES)}, or several with positive shares: "
-                '{"dense": 0.5, "brief": 0.5}'
+                f"style is {self.style!r}; write one of {', '.join(map(repr, STYLES))}, or several with positive "
+                'shares: {"dense": 0.5, "brief": 0.5}'
             )
 
     def __len__(self) -> int:
@@ -74,7 +76,7 @@ class CaptionedDigits:
         """Height and width of each picture."""
         return np.array([self.native_sizes[i % len(self.native_sizes)] for i in range(len(self))])
 
-    def captions(self, indices: Sequence[int] | Int[Tensor, "batch"], *, epoch: int = 0) -> tuple[str, ...]:
+    def captions(self, indices: Indices, *, epoch: int = 0) -> tuple[str, ...]:
         """What is said of the pictures in an epoch; only a mixture of styles changes with it."""
         positions = torch.as_tensor(indices, dtype=torch.int64)
         styles = tuple(self._shares)
@@ -87,9 +89,7 @@ class CaptionedDigits:
             caption(self.scenes[i], style=styles[style], language=self.languages[tongue]) for i, style, tongue in chosen
         )
 
-    def batch(
-        self, indices: Sequence[int] | Int[Tensor, "batch"], size: Size | None = None, *, epoch: int = 0
-    ) -> TextImageBatch:
+    def batch(self, indices: Indices, size: Size | None = None, *, epoch: int = 0) -> TextImageBatch:
         """Pictures at ``indices`` with their captions.
 
         Args:
@@ -175,8 +175,8 @@ def write_captioned_folder(
 
     The raw corpus of a run that starts at the curation of images: the pictures of ``captioned_digits(count, *sizes,
     split=split, seed=seed)``, the same bytes wherever they are written by the same libraries. ``captions`` in the
-    sidecar has one for each style and language by :func:`caption_name`. What is there already is kept; a second call goes on where the first
-    was stopped.
+    sidecar has one for each style and language, by :func:`caption_name`. What is there already is kept; a second call
+    goes on where the first was stopped.
 
     Args:
         folder: made if it is not there.

@@ -9,6 +9,8 @@ from wellposed.demo.decq import detail_generation_study, detail_study, frozen_en
 from wellposed.demo.decq_page import decq_numbers, decq_sections
 from wellposed.demo.dito import output_study, penalty_study, reducible_transformer, reduction_study
 from wellposed.demo.dito_page import dito_numbers, dito_sections
+from wellposed.demo.lens import captions_study
+from wellposed.demo.lens_page import lens_numbers, lens_sections
 from wellposed.demo.lgs import guidance_study, lanczos_study, network_study, path_kl_study
 from wellposed.demo.lgs_page import lgs_numbers, lgs_sections
 from wellposed.demo.settings import DemoSettings
@@ -62,6 +64,9 @@ def run_demo(
             detail_encoder_steps=steps,
             detail_steps=steps,
             detail_generation_steps=steps,
+            captions_autoencoder_steps=steps,
+            captions_steps=steps,
+            captions_mixed_steps=steps,
         )
     console = Console()
     stages = Stages(out, seed=seed, announce=console.print)
@@ -78,16 +83,18 @@ def run_demo(
     encoder = frozen_encoder(stages, settings, device=device)
     detail = detail_study(stages, settings, encoder, device=device)
     generation = detail_generation_study(stages, settings, encoder, device=device)
+    captions = captions_study(stages, settings, device=device)
     page = Page(
         title="wellposed, measured on this machine",
         lead=(
-            "Diffusion toolkits are full of underspecified defaults. This page takes four and measures them against "
+            "Diffusion toolkits are full of underspecified defaults. This page takes five and measures them against "
             "their exact counterparts. The covariance of a reverse step: the Lanczos Gaussian sampler of "
             "[arXiv 2605.22723](https://arxiv.org/abs/2605.22723), which needs no training. What a model of noisy "
             "tokens predicts: the leave-one-out posterior of [arXiv 2605.22765](https://arxiv.org/abs/2605.22765). "
             "Which tokens of an image a transformer may skip: those whose outputs are alike "
             "([arXiv 2605.22011](https://arxiv.org/abs/2605.22011)). What a frozen encoder's latent keeps of an image, "
-            "and what queries give back ([arXiv 2605.22777](https://arxiv.org/abs/2605.22777)). "
+            "and what queries give back ([arXiv 2605.22777](https://arxiv.org/abs/2605.22777)). What a text-to-image "
+            "model is told of its pictures ([arXiv 2605.21573](https://arxiv.org/abs/2605.21573)). "
             "Everything below was computed by `wellposed demo` just now."
         ),
         opening=(
@@ -97,6 +104,7 @@ def run_demo(
                     *udm_numbers(tokens),
                     *dito_numbers(reduction, outputs),
                     *decq_numbers(detail),
+                    *lens_numbers(captions),
                 )
             ),
         ),
@@ -105,6 +113,7 @@ def run_demo(
             *udm_sections(tokens, text, settings),
             *dito_sections(reduction, outputs, penalty, out, settings),
             *decq_sections(detail, generation, out, settings),
+            *lens_sections(captions, out, settings),
         ),
         footer=provenance(stages.records),
     )

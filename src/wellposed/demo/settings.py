@@ -43,6 +43,11 @@ class DemoSettings:
         detail_samples: images of each measurement.
         detail_sampling_steps: points of the sampler's grid.
         penalised_ratios: shares of the tokens that they are tried at.
+        captions_pictures: in the folder that is curated.
+        captions_autoencoder_steps: training steps of the small autoencoder.
+        captions_steps: of the text-to-image network at one resolution.
+        captions_mixed_steps: of the same at several.
+        captions_samples: pictures of each kind that are scored.
     """
 
     training_steps: int = 1000
@@ -78,3 +83,8 @@ class DemoSettings:
     detail_measurements: int = 4
     detail_samples: int = 150
     detail_sampling_steps: int = 12
+    captions_pictures: int = 2000
+    captions_autoencoder_steps: int = 300
+    captions_steps: int = 500
+    captions_mixed_steps: int = 150
+    captions_samples: int = 100

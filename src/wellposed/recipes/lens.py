@@ -21,6 +21,8 @@ __all__ = [
     "lens_paper",
     "lens_tiny",
     "lens_toy",
+    "tiny_autoencoder",
+    "tiny_corpus",
     "with_autoencoder",
     "with_captions",
     "with_fixed_resolution",
@@ -58,8 +60,8 @@ def lens_tiny() -> TextToImageRecipe:
         ),
         paper=PAPER,
         expected="",
-        corpus=Source(get=_tiny_corpus, what="4000 rendered scenes with handwritten digits, curated"),
-        autoencoder=Source(get=_tiny_autoencoder, what="a small FLUX.2 autoencoder, trained on the corpus"),
+        corpus=Source(get=tiny_corpus, what="4000 rendered scenes with handwritten digits, curated"),
+        autoencoder=Source(get=tiny_autoencoder, what="a small FLUX.2 autoencoder, trained on the corpus"),
         text_encoder=Source(get=_tiny_text_encoder, what="a small GPT-OSS with random weights"),
         network=_tiny_network,
         stages=(
@@ -326,7 +328,9 @@ def _gpt_oss(folder: Path, data: Path, corpus: Any, seed: int, device: str) -> A
     )
 
 
-def _tiny_corpus(folder: Path, data: Path, recipe: TextToImageRecipe, seed: int, device: str) -> Any:
+def tiny_corpus(
+    folder: Path, data: Path, recipe: TextToImageRecipe, seed: int, device: str, *, count: int = TINY_COUNT
+) -> Any:
     """Pictures in a folder, curated with captions from their sidecars, and opened in the recipe's style."""
     from wellposed.data.captioned_digits import write_captioned_folder
     from wellposed.data.shards import ShardedImages
@@ -335,7 +339,7 @@ def _tiny_corpus(folder: Path, data: Path, recipe: TextToImageRecipe, seed: int,
 
     raw, curated = folder / "raw", folder / "curated"
     if not (curated / "report.json").is_file():
-        write_captioned_folder(raw, TINY_COUNT, sizes=TINY_NATIVE_SIZES, seed=seed)
+        write_captioned_folder(raw, count, sizes=TINY_NATIVE_SIZES, seed=seed)
         # The filters' defaults are for photographs: these pictures are small, flat and alike on purpose.
         config = CurationConfig(
             min_area=32 * 32, min_information=0.1, min_exposure=0.01, max_exposure=1.0, duplicate_cosine=1.0
@@ -356,20 +360,21 @@ def _caption_shares(recipe: TextToImageRecipe) -> dict[str, float]:
     }
 
 
-def _tiny_autoencoder(folder: Path, data: Path, corpus: Any, seed: int, device: str) -> Any:
+def tiny_autoencoder(folder: Path, data: Path, corpus: Any, seed: int, device: str, *, steps: int = 400) -> Any:
+    """Trained on the corpus at 32 x 32 pixels."""
     from wellposed.data.bucketed import BucketedBatches
     from wellposed.recipes.small_flux_vae import FluxVaeShape, small_flux_vae
 
     training = TrainingSettings(
-        max_steps=400,
+        max_steps=steps,
         batch_size=32,
-        learning_rate=3e-3,
+        learning_rate=2e-3,
         betas=(0.9, 0.99),
         warmup_steps=20,
         final_learning_rate=1e-4,
         ema_decay=0.98,
         clip_norm=1.0,
-        checkpoint_every=200,
+        checkpoint_every=steps,
         log_every=20,
     )
     batches = BucketedBatches(dataset=corpus, buckets=_tiny_low(), shares=2, seed=seed)

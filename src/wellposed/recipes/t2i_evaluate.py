@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -196,6 +196,11 @@ def _read_scores(folder: RunFolder) -> list[FollowingScore]:
         return []
     try:
         entries: list[dict[str, Any]] = json.loads(folder.scores_file.read_text(encoding="utf-8"))
-        return [FollowingScore(**(entry | {"kind": PictureKind(**entry["kind"])})) for entry in entries]
+        return [_score(entry) for entry in entries]
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError) as error:
         raise ValueError(f"{folder.scores_file} is damaged ({error}); move it away to score afresh") from error
+
+
+def _score(entry: Mapping[str, Any]) -> FollowingScore:
+    held: dict[str, Any] = {**entry, "kind": PictureKind(**entry["kind"])}
+    return FollowingScore(**held)
