@@ -288,6 +288,18 @@ def test_captions_from_before_the_end_are_kept(endpoint):
         caption(requests(6)[2:])
 
 
+def test_a_server_that_is_gone_ends_the_call(endpoint):
+    endpoint.answers += [names_the_colour, hangs_up, names_the_colour, hangs_up]
+    caption = captioner(endpoint, concurrency=1, retries=0, patience=2)
+    results = caption(requests(8))
+    reasons = ["", "no answer", "", "no answer", "no answer", "not sent", "not sent", "not sent"]
+    assert [result.reason or "" for result in results] == reasons
+    assert len(endpoint.requests) == 5
+    with pytest.raises(EndpointError, match="did not answer"):
+        caption(requests(8))
+    assert len(endpoint.requests) == 6
+
+
 def test_nothing_is_sent_beyond_the_cost(endpoint):
     endpoint.answers.append(names_the_colour)
     caption = captioner(endpoint, concurrency=1, max_cost=1.0, **PRICES)
@@ -381,6 +393,7 @@ def test_copies_in_other_processes_count_anew(endpoint):
         ({"api_key": "a key"}, "as the server issued it"),
         ({"api_key": "key", "api_key_variable": "KEY"}, "give one of them"),
         ({"concurrency": 0}, "concurrency is 0"),
+        ({"patience": 0}, "patience 0"),
         ({"price_per_million_input": -1.0}, "prices are -1.0"),
         ({"max_cost": 1.0}, "everything is free"),
         ({"requests_per_minute": 0.0}, "positive number, or None"),

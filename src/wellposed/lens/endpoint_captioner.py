@@ -70,6 +70,8 @@ class EndpointCaptioner(CaptionWriter):
         timeout: seconds for one request.
         retries: how often to ask again for what may pass.
         max_wait: seconds between two attempts at most.
+        patience: when so many pictures in a row got no answer, in spite of all retries, the call ends as with a wrong
+            key.
         requests_per_minute: that begin, those asked again among them; None for no limit.
         tokens_per_minute: read and written; until an answer says how many they were, by a guess.
         concurrency: how many requests are under way at a time.
@@ -92,6 +94,7 @@ class EndpointCaptioner(CaptionWriter):
     timeout: float = 120.0
     retries: int = 5
     max_wait: float = 60.0
+    patience: int = 20
     requests_per_minute: float | None = None
     tokens_per_minute: float | None = None
     concurrency: int = 8
@@ -114,10 +117,11 @@ class EndpointCaptioner(CaptionWriter):
         _ = self._budget
         if self.api_key is not None and self.api_key_variable is not None:
             raise ValueError("got both a key and the name of a variable with a key; give one of them")
-        if self.concurrency < 1 or min(self.price_per_million_input, self.price_per_million_output) < 0:
+        if self.concurrency < 1 or self.patience < 1:
+            raise ValueError(f"concurrency is {self.concurrency} and patience {self.patience}; give at least 1")
+        if min(self.price_per_million_input, self.price_per_million_output) < 0:
             raise ValueError(
-                f"concurrency is {self.concurrency} and prices are {self.price_per_million_input} and "
-                f"{self.price_per_million_output}; give at least 1 and 0"
+                f"prices are {self.price_per_million_input} and {self.price_per_million_output}; give at least 0"
             )
         if self.max_cost is not None and not self.price_per_million_input + self.price_per_million_output > 0:
             raise ValueError(
@@ -127,8 +131,8 @@ class EndpointCaptioner(CaptionWriter):
     def __call__(self, requests: Sequence[CaptionRequest]) -> list[CaptionResult]:
         """A result for each request.
 
-        If nothing can go on, such as with a wrong key, and there are captions from earlier in the call, those are
-        returned and the rest is ``not sent``; the next call raises.
+        If nothing can go on, such as with a wrong key or a server that is gone, and there are captions from earlier in
+        the call, those are returned and the rest is ``not sent``; the next call raises.
 
         Raises:
             EndpointError: nothing can go on, and no caption was got; an OSError.
@@ -185,7 +189,7 @@ class _Budget:
         self._prices = captioner.price_per_million_input / 1e6, captioner.price_per_million_output / 1e6
         self._max_cost = captioner.max_cost
         self._lock = threading.Lock()
-        self._spent, self._blind = 0.0, False
+        self._spent, self._blind, self._unanswered = 0.0, False, 0
 
     def cost(self, usage: tuple[int, int] | None) -> float:
         """Of tokens read and written."""
@@ -204,6 +208,13 @@ class _Budget:
         with self._lock:
             self._spent += self.cost(usage)
             self._blind |= usage is None
+            self._unanswered = 0
+
+    def miss(self) -> int:
+        """Count a picture without an answer; how many there are in a row."""
+        with self._lock:
+            self._unanswered += 1
+            return self._unanswered
 
     def check(self) -> None:
         """Raise if nothing more may be spent."""
@@ -233,9 +244,10 @@ class _Call:
         except _NotSentError as failure:
             error = f"not sent: {failure}"
         except EndpointError as failure:
-            if failure.status in HOPELESS_STATUS:
+            hopeless = failure.status in HOPELESS_STATUS
+            if self.budget.miss() >= self.captioner.patience or hopeless:
                 self.ends.append(failure)
-            error = f"{'not sent' if failure.status in HOPELESS_STATUS else 'no answer'}: {failure}"
+            error = f"{'not sent' if hopeless else 'no answer'}: {failure}"
         except ValueError as failure:
             error = str(failure)
         return CaptionResult(
