@@ -1,0 +1,619 @@
+"""Curation: every plant found for the right reason, every clean picture kept; killed and resumed, the same shards."""
+
+import errno
+import importlib.util
+import io
+import json
+import multiprocessing
+import os
+import signal
+import tarfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from wellposed.data.shards import ShardedImages
+from wellposed.lens.captioning import CaptionResult
+from wellposed.lens.curation import CurationConfig, CurationTools, audit, curate, report_of
+from wellposed.lens.curation_stages import UnitPictures
+from wellposed.lens.curation_tables import STAGES, CurationFolder
+
+SPEC = importlib.util.spec_from_file_location("planted_corpus", Path(__file__).with_name("planted_corpus.py"))
+assert SPEC and SPEC.loader
+corpus = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(corpus)
+
+SMALL = CurationConfig(unit_size=4, min_area=64**2, measured_area=64**2, samples_per_shard=3, captions_at_a_time=2)
+
+
+def shard_bytes(out):
+    return {path.name: path.read_bytes() for path in sorted((out / "shards").glob("*.tar"))}
+
+
+def tables(out):
+    """What stages said, without what it cost."""
+    found = {}
+    for path in sorted(out.glob("[01]*/*.jsonl")):
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        for line in lines:
+            line["facts"].pop("captioning", None)
+        found[path.relative_to(out).as_posix()] = lines
+    return found
+
+
+def samples_of(out):
+    samples = {}
+    for path in sorted((out / "shards").glob("*.tar")):
+        with tarfile.open(path) as archive:
+            for member in archive:
+                key, end = member.name.split(".")
+                samples.setdefault(key, {})[end] = archive.extractfile(member).read()
+    by_source = {}
+    for sample in samples.values():
+        sample["json"] = json.loads(sample["json"])
+        by_source[sample["json"]["source"]] = sample
+    return by_source
+
+
+class Captioner:
+    """Says what it was shown, counts what it was asked, and fails where it is told to."""
+
+    model = "a/model"
+
+    def __init__(self, fails=(), text="a picture of {}", dies_after=None):
+        self.fails, self.text, self.dies_after, self.asked = dict(fails), text, dies_after, []
+
+    def __call__(self, requests):
+        if self.dies_after is not None and len(self.asked) >= self.dies_after:
+            raise ConnectionError("the captioner is gone")
+        results = []
+        for request in requests:
+            self.asked.append(request.key)
+            error = self.fails.get(request.key)
+            text = None if error else self.text.format(request.metadata.get("caption", request.key))
+            results.append(
+                CaptionResult(key=request.key, text=text, error=error, cost=0.5, prompt_tokens=7, seconds=0.1)
+            )
+        return results
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    root = tmp_path_factory.mktemp("planted")
+    clean, plants = corpus.write_corpus(root / "raw")
+    progress = []
+    report = curate(
+        root / "raw",
+        root / "out",
+        CurationConfig(unit_size=8, samples_per_shard=5),
+        on_progress=lambda *what: progress.append(what),
+    )
+    return root / "raw", root / "out", clean, plants, report, progress
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Thirteen small pictures, three of which are rejected; and what curation makes of them when nothing goes wrong."""
+    root = tmp_path_factory.mktemp("small")
+    raw = root / "raw"
+    raw.mkdir()
+    for i in range(10):
+        (raw / f"{i}.png").write_bytes(corpus.encoded(corpus.drawing(i, 80)))
+        (raw / f"{i}.txt").write_text(f"drawing {i}\u2028of shapes")
+    (raw / "0_again.webp").write_bytes(corpus.encoded(corpus.drawing(0, 80), "WEBP", quality=90))
+    (raw / "5_broken.jpg").write_bytes(b"no picture")
+    (raw / "7_tiny.png").write_bytes(corpus.encoded(corpus.drawing(20, 40)))
+    curate(raw, root / "out", SMALL)
+    return raw, root / "out"
+
+
+def test_every_plant_is_found_for_the_right_reason_and_every_clean_picture_kept(planted):
+    _, out, clean, plants, report, _ = planted
+    assert {r.source: (r.stage, r.reason) for r in audit(out)} == plants
+    assert sorted(samples_of(out)) == sorted(clean)
+    assert report.samples == len(clean) + len(plants) and report.kept == len(clean)
+
+
+def test_report_counts_what_the_plants_are(planted):
+    _, out, clean, plants, report, _ = planted
+    assert list(report.skipped) == ["nsfw", "aesthetics", "watermark"]
+    assert [stage.name for stage in report.stages] == [name for name in STAGES if name not in report.skipped]
+    seen = report.samples
+    for stage in report.stages:
+        reasons = [reason for where, reason in plants.values() if where == stage.name]
+        assert dict(stage.rejected) == {reason: reasons.count(reason) for reason in reasons}
+        assert (stage.seen, stage.kept) == (seen, seen - len(reasons))
+        assert stage.seconds > 0 and stage.images_per_second > 0
+        seen = stage.kept
+    assert report.misnamed == 2 and report.unfinished == 0 and report.shards == -(-len(clean) // 5)
+    assert report.captions.captions == len(clean)
+    assert report.captions.words[4] == 9 and report.captions.mean_words == pytest.approx(56 / 13)
+    assert report_of(out) == report
+    saved = json.loads((out / "report.json").read_text())
+    assert saved["kept"] == len(clean) and saved["captions"]["words"]["4"] == 9
+    assert [stage["name"] for stage in saved["stages"]] == [stage.name for stage in report.stages]
+    printed = str(report)
+    for part in ("lying header 4", "nsfw         skipped: no scorer given", "near duplicate 3", "mean 4.3", "0-19"):
+        assert part in printed
+
+
+def test_progress_is_told(planted):
+    *_, progress = planted
+    assert [what for what in progress if what[0] == "filters"] == [("filters", done, 5) for done in range(6)]
+    assert progress[-1] == ("shards", 3, 3)
+
+
+def test_rejections_say_what_was_measured(planted):
+    _, out, *_ = planted
+    told = {rejection.source: str(rejection) for rejection in audit(out)}
+    assert told["plants/tiny.png"] == "plants/tiny.png: resolution 90000: too small"
+    assert told["plants/one_colour.png"] == "plants/one_colour.png: clarity 0: blurred or empty"
+    assert "near duplicate (of clean/astronaut.png)" in told["plants/again.jpg"]
+    assert "its .json cannot be read" in told["plants/broken_metadata.png"]
+
+
+def test_shards_hold_the_files_as_they_were_or_without_loss(planted):
+    raw, out, clean, *_ = planted
+    samples = samples_of(out)
+    for name in clean:
+        content = (raw / name).read_bytes()
+        with Image.open(io.BytesIO(content)) as picture:
+            kind, shown = picture.format, picture.convert("RGB")
+        end = {"JPEG": "jpg", "WEBP": "webp"}.get(kind, "png")
+        assert set(samples[name]) == {end, "txt", "json"}
+        if name == "clean/deep.png":
+            expected = (np.asarray(Image.open(io.BytesIO(content))) >> 8).astype(np.uint8)
+            assert np.array_equal(np.asarray(Image.open(io.BytesIO(samples[name]["png"])))[..., 0], expected)
+        elif kind in ("PNG", "JPEG", "WEBP"):
+            assert samples[name][end] == content
+        else:
+            assert np.array_equal(np.asarray(Image.open(io.BytesIO(samples[name]["png"]))), np.asarray(shown))
+
+
+def test_shards_say_what_is_known_of_a_sample(planted):
+    _, out, *_ = planted
+    samples = samples_of(out)
+    coffee, turned = samples["clean/coffee.jpg"], samples["clean/on_its_side.jpg"]
+    assert coffee["txt"].decode() == "A picture of coffee."
+    about = coffee["json"]
+    assert about["captions"] == {"brief": "coffee", "dense": "A picture of coffee."}
+    assert about["about"] == {"licence": "CC0"} and about["caption_style"] == "dense"
+    assert sorted(about["quality"]) == ["clarity", "exposure", "information", "resolution"]
+    assert (turned["json"]["width"], turned["json"]["height"]) == (400, 380)
+    assert len(ShardedImages.open(out / "shards")) == 13
+
+
+def test_a_second_run_finds_nothing_to_do(small, tmp_path):
+    raw, clean_out = small
+    out = tmp_path / "out"
+    curate(raw, out, SMALL)
+    assert shard_bytes(out) == shard_bytes(clean_out) and len(shard_bytes(out)) == 4
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file() and path.name != "report.json"}
+    curate(raw, out, SMALL, tools=CurationTools())
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+@pytest.mark.parametrize("unit_size", [1, 3, 100])
+def test_units_do_not_matter(small, unit_size, tmp_path):
+    raw, clean_out = small
+    curate(raw, tmp_path, replace(SMALL, unit_size=unit_size))
+    assert shard_bytes(tmp_path) == shard_bytes(clean_out)
+
+
+# Killed: by the k-th time that a file has been written and not yet named, and at moments of the clock.
+
+
+def run_in_a_fork(target, *, seconds=None):
+    """Run in a process of its own, killed after some seconds; returns how it ended."""
+    process = multiprocessing.get_context("fork").Process(target=target)
+    process.start()
+    if seconds is not None:
+        time.sleep(seconds)
+        process.kill()
+    process.join(60)
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def killed_at_write(number, raw, out, **options):
+    """Curate in another process that kills itself when it is about to name a file for the ``number``-th time."""
+
+    def target():
+        real, count = os.fsync, 0
+
+        def fsync(descriptor):
+            nonlocal count
+            count += 1
+            if count == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            real(descriptor)
+
+        os.fsync = fsync
+        curate(raw, out, SMALL, **options)
+
+    return run_in_a_fork(target)
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+@pytest.mark.parametrize("seed", range(4))
+def test_killed_again_and_again_at_any_write_it_ends_with_the_same_shards(small, seed, tmp_path):
+    raw, clean_out = small
+    rng, ended = np.random.default_rng(seed), []
+    while 0 not in ended:
+        ended.append(killed_at_write(int(rng.integers(2, 25)), raw, tmp_path))
+        assert ended[-1] in (0, -signal.SIGKILL)
+    assert len(ended) > 3
+    assert shard_bytes(tmp_path) == shard_bytes(clean_out)
+    assert tables(tmp_path) == tables(clean_out)
+    assert not [path for path in tmp_path.rglob(".*") if path.is_file()]
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_at_any_moment_it_ends_with_the_same_shards(small, seed, tmp_path):
+    raw, clean_out = small
+    rng = np.random.default_rng(seed)
+    for _ in range(3):
+        run_in_a_fork(lambda: curate(raw, tmp_path, SMALL), seconds=float(rng.uniform(0.02, 0.6)))
+    curate(raw, tmp_path, SMALL)
+    assert shard_bytes(tmp_path) == shard_bytes(clean_out)
+    assert tables(tmp_path) == tables(clean_out)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+@pytest.mark.parametrize("stage", [name for name in STAGES if name not in ("nsfw", "aesthetics", "watermark")])
+def test_stopped_in_any_stage_it_goes_on_from_there(small, stage, error, tmp_path, monkeypatch):
+    raw, clean_out = small
+    real = CurationFolder.write_table
+
+    def failing(folder, name, unit, records, seconds):
+        if (name, unit) == (stage, 1):
+            raise error
+        real(folder, name, unit, records, seconds)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(CurationFolder, "write_table", failing)
+        with pytest.raises(error):
+            curate(raw, tmp_path, SMALL)
+    report = report_of(tmp_path)
+    assert report.unfinished > 0 and "units are not finished" in str(report) and report.shards == 0
+    assert list(audit(tmp_path)) == [r for r in audit(clean_out) if r in list(audit(tmp_path))]
+    curate(raw, tmp_path, SMALL)
+    assert shard_bytes(tmp_path) == shard_bytes(clean_out)
+    assert tables(tmp_path) == tables(clean_out)
+
+
+@pytest.mark.parametrize("write", [1, 6, 20, 60, -2, -4])
+def test_a_full_disk_loses_nothing(small, write, tmp_path, monkeypatch):
+    raw, clean_out = small
+    real, count = os.fsync, 0
+
+    def counting(descriptor):
+        nonlocal count
+        count += 1
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", counting)
+    curate(raw, tmp_path / "counted", SMALL)
+    last = write if write > 0 else count + write
+    left = last
+
+    def full(descriptor):
+        nonlocal left
+        left -= 1
+        if left <= 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"could not be written \(No space left on device\)") as caught:
+        curate(raw, tmp_path / "out", SMALL)
+    assert caught.value.errno == errno.ENOSPC and str(tmp_path / "out") in str(caught.value.filename)
+    assert not [path for path in (tmp_path / "out").rglob(".*") if path.is_file()]
+    monkeypatch.setattr(os, "fsync", real)
+    curate(raw, tmp_path / "out", SMALL)
+    assert shard_bytes(tmp_path / "out") == shard_bytes(clean_out)
+
+
+# Captions.
+
+
+def test_a_captioner_is_asked_once_for_what_is_kept(small, tmp_path):
+    raw, _ = small
+    captioner = Captioner()
+    report = curate(raw, tmp_path, SMALL, tools=CurationTools(captioner=captioner))
+    assert len(captioner.asked) == len(set(captioner.asked)) == report.kept == 10
+    assert report.captions.cost == 5 and report.captions.prompt_tokens == 70
+    assert "cost 5" in str(report)
+    curate(raw, tmp_path, SMALL, tools=CurationTools(captioner=captioner))
+    assert len(captioner.asked) == 10
+    assert samples_of(tmp_path)["3.png"]["txt"].decode() == "a picture of drawing 3\u2028of shapes"
+
+
+def test_a_captioner_that_dies_is_not_paid_twice(small, tmp_path):
+    raw, _ = small
+    curate(raw, tmp_path / "straight", SMALL, tools=CurationTools(captioner=Captioner()))
+    asked = []
+    for dies_after in (0, 2, 2, 4, None):
+        captioner = Captioner(dies_after=dies_after)
+        try:
+            curate(raw, tmp_path / "out", SMALL, tools=CurationTools(captioner=captioner))
+        except ConnectionError:
+            assert dies_after is not None
+        asked += captioner.asked
+    assert len(asked) == len(set(asked)) == 10
+    assert shard_bytes(tmp_path / "out") == shard_bytes(tmp_path / "straight")
+
+
+def test_half_a_line_in_the_journal_is_asked_for_again(small, tmp_path):
+    raw, _ = small
+    curate(raw, tmp_path / "straight", SMALL, tools=CurationTools(captioner=Captioner()))
+    with pytest.raises(ConnectionError):
+        curate(raw, tmp_path / "out", SMALL, tools=CurationTools(captioner=Captioner(dies_after=2)))
+    (journal,) = (tmp_path / "out" / "answers").rglob("*.jsonl")
+    assert journal.parent.name == "dense-Captioner-a-model"
+    journal.write_bytes(journal.read_bytes()[:-9])
+    captioner = Captioner()
+    curate(raw, tmp_path / "out", SMALL, tools=CurationTools(captioner=captioner))
+    assert len(captioner.asked) == 9
+    assert shard_bytes(tmp_path / "out") == shard_bytes(tmp_path / "straight")
+    assert all(json.loads(line) for line in journal.read_text(encoding="utf-8").split("\n")[:-1])
+
+
+def test_failed_captions_are_reported_left_out_and_asked_again_on_demand(small, tmp_path):
+    raw, _ = small
+    fails = {"0000000002": "refused: it will not", "0000000004": "time: 60 s", "0000000012": "not sent: no money left"}
+    captioner = Captioner(fails)
+    report = curate(raw, tmp_path, SMALL, tools=CurationTools(captioner=captioner))
+    assert report.captions.failures == {"refused": 1, "time": 1, "not sent": 1} and report.kept == 7
+    assert report.captions.cost == 5
+    rejected = {r.key: (r.reason, r.details) for r in audit(tmp_path) if r.stage == "captions"}
+    assert rejected["0000000002"] == ("refused", "refused: it will not") and len(rejected) == 3
+    assert not {"1.png", "3.png", "9.png"} & set(samples_of(tmp_path))
+
+    # For whom nobody was asked is asked for in the next run; the others only on demand.
+    captioner = Captioner({key: error for key, error in fails.items() if "not sent" not in error})
+    assert curate(raw, tmp_path, SMALL, tools=CurationTools(captioner=captioner)).kept == 8
+    assert captioner.asked == ["0000000012"]
+    assert curate(raw, tmp_path, SMALL, tools=CurationTools(captioner=captioner)).kept == 8
+    captioner = Captioner()
+    report = curate(raw, tmp_path, SMALL, tools=CurationTools(captioner=captioner), ask_again=True)
+    assert captioner.asked == ["0000000002", "0000000004"] and report.kept == 10
+    curate(raw, tmp_path / "straight", SMALL, tools=CurationTools(captioner=Captioner()))
+    assert shard_bytes(tmp_path) == shard_bytes(tmp_path / "straight")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"), [("word " * 501, "too many words"), ("...", "no words"), ("一" * 501, "too many words")]
+)
+def test_captions_that_are_none_are_left_out(text, reason, small, tmp_path):
+    raw, _ = small
+    report = curate(raw, tmp_path, SMALL, tools=CurationTools(captioner=Captioner(text=text)))
+    assert dict(report.stages[-1].rejected) == {reason: 10} and report.shards == 0
+
+
+def test_captioners_that_mix_up_their_results_are_refused(small, tmp_path):
+    raw, _ = small
+
+    def swapped(requests):
+        return Captioner()(requests)[::-1]
+
+    with pytest.raises(ValueError, match="expected one for each request, in their order"):
+        curate(raw, tmp_path, SMALL, tools=CurationTools(captioner=swapped))
+
+
+# Scorers.
+
+
+def brightness(pictures):
+    return [float(np.asarray(picture).mean()) for picture in pictures]
+
+
+def test_scorers_judge_whole_pictures_and_their_limits_hold(small, tmp_path):
+    raw, _ = small
+    sizes = []
+
+    def share_of_red(pictures):
+        sizes.extend(picture.size for picture in pictures)
+        return [float(np.asarray(picture)[..., 0].mean()) / 255 for picture in pictures]
+
+    config = replace(SMALL, max_nsfw=0.6, min_aesthetics=110.0, max_watermark=0.55)
+    tools = CurationTools(nsfw=share_of_red, aesthetics=brightness, watermark=share_of_red)
+    report = curate(raw, tmp_path, config, tools=tools)
+    assert report.skipped == {} and set(sizes) == {(80, 80)}
+    passing = set()
+    for i in range(10):
+        pixels = np.asarray(corpus.drawing(i, 80))
+        red, bright = pixels[..., 0].mean() / 255, pixels.mean()
+        where = "nsfw" if red > 0.6 else "aesthetics" if bright < 110 else "watermark" if red > 0.55 else None
+        found = {r.source: r.stage for r in audit(tmp_path)}.get(f"{i}.png")
+        assert found == where or (i == 0 and found == "duplicates")
+        passing.add(where)
+    assert passing == {"nsfw", "aesthetics", "watermark", None}
+
+
+@pytest.mark.parametrize("scores", [[1.0], [float("nan")] * 4])
+def test_scorers_that_give_something_else_are_refused(scores, small, tmp_path):
+    raw, _ = small
+    with pytest.raises(ValueError, match="the scorer of aesthetics gave"):
+        curate(raw, tmp_path, SMALL, tools=CurationTools(aesthetics=lambda pictures: scores))
+
+
+def test_embedders_that_give_something_else_are_refused(small, tmp_path):
+    raw, _ = small
+    with pytest.raises(ValueError, match="expected a finite row each"):
+        curate(raw, tmp_path, SMALL, tools=CurationTools(embedder=lambda pictures: np.ones((1, 3), np.float32)))
+
+
+# Settings.
+
+
+def test_other_settings_are_refused_or_redone_from_the_stage_they_concern(small, tmp_path):
+    raw, _ = small
+    captioner = Captioner()
+    tools = CurationTools(captioner=captioner)
+    curate(raw, tmp_path, SMALL, tools=tools)
+    stricter = replace(SMALL, min_clarity=400.0)
+    with pytest.raises(ValueError, match=r"from clarity \(least 10.0, now 400.0\) on; pass redo=True"):
+        curate(raw, tmp_path, stricter, tools=tools)
+    early = {path: path.stat().st_mtime_ns for path in tmp_path.glob("0[12]*/*.jsonl")}
+    report = curate(raw, tmp_path, stricter, tools=tools, redo=True)
+    assert 0 < report.kept < 10 and len(captioner.asked) == 10  # paid for once
+    assert {path: path.stat().st_mtime_ns for path in early} == early
+    curate(raw, tmp_path, SMALL, tools=tools, redo=True)
+    curate(raw, tmp_path / "straight", SMALL, tools=CurationTools(captioner=Captioner()))
+    assert shard_bytes(tmp_path) == shard_bytes(tmp_path / "straight")
+    with pytest.raises(ValueError, match=r"from nsfw \(.*skipped 'no scorer given', now None"):
+        curate(raw, tmp_path, SMALL, tools=replace(tools, nsfw=brightness))
+
+
+def test_near_duplicates_stay_if_told(small, tmp_path):
+    raw, _ = small
+    report = curate(raw, tmp_path, replace(SMALL, duplicate_cosine=1.0, kept_duplicate="first"))
+    assert report.skipped["duplicates"] == "duplicate_cosine is 1"
+    # The copy has no caption, so that it goes all the same.
+    assert [r.source for r in audit(tmp_path) if r.stage == "captions"] == ["0_again.webp"]
+
+
+@pytest.mark.parametrize(("kept", "gone"), [("largest", "0.png"), ("first", "1.png")])
+def test_the_largest_or_the_first_of_a_group_is_kept(kept, gone, tmp_path):
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    for name, side in (("0", 80), ("1", 120)):
+        (raw / f"{name}.png").write_bytes(corpus.encoded(corpus.drawing(0, 160).resize((side, side))))
+        (raw / f"{name}.txt").write_text("shapes")
+    curate(raw, tmp_path / "out", replace(SMALL, unit_size=1, kept_duplicate=kept))
+    assert [r.source for r in audit(tmp_path / "out")] == [gone]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"unit_size": 0}, "unit_size is 0; give at least 1"),
+        ({"min_clarity": -1.0}, "min_clarity is -1.0; give at least 0"),
+        ({"min_information": float("nan")}, "min_information is nan"),
+        ({"max_nsfw": 1.5}, "max_nsfw is 1.5; give at most 1"),
+        ({"min_exposure": 0.6, "max_exposure": 0.5}, "min_exposure 0.6 is not below max_exposure 0.5"),
+        ({"duplicate_cosine": 1.01}, "duplicate_cosine is 1.01"),
+        ({"caption_style": "very dense"}, "give one word, such as 'dense'"),
+    ],
+)
+def test_settings_out_of_range_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(CurationConfig(), **change)
+
+
+# Sources.
+
+
+def test_archives_and_shards_of_our_own_are_sources(small, tmp_path):
+    _, clean_out = small
+    report = curate(clean_out / "shards" / "00000.tar", tmp_path, SMALL)
+    assert report.samples == report.kept == 3
+    assert [s["txt"] for s in samples_of(tmp_path).values()] == [s["txt"] for s in samples_of(clean_out).values()][:3]
+
+
+def test_damaged_archives_are_reported(small, tmp_path):
+    _, clean_out = small
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    whole = (clean_out / "shards" / "00000.tar").read_bytes()
+    (raw / "a.tar").write_bytes(whole)
+    (raw / "b.tar").write_bytes(whole[: len(whole) // 2])
+    report = curate(raw, tmp_path / "out", SMALL)
+    (event,) = report.events
+    assert event["file"] == "b.tar" and "left out from" in event["error"] and "b.tar" in str(report)
+    assert report.stages[0].rejected == {} and report.samples >= 3
+
+
+def test_parquet_tables_are_sources(small, tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    raw, clean_out = small
+    names = sorted(path.name for path in raw.iterdir() if path.suffix != ".txt")
+    texts = [(raw / name).with_suffix(".txt") for name in names]
+    rows = [
+        {"picture": {"bytes": (raw / name).read_bytes()}, "caption": text.read_text() if text.is_file() else ""}
+        for name, text in zip(names, texts, strict=True)
+    ]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "x.parquet", row_group_size=5)
+    curate(tmp_path / "x.parquet", tmp_path / "out", replace(SMALL, image_column="picture"))
+    ours, folder = list(samples_of(tmp_path / "out").values()), list(samples_of(clean_out).values())
+    assert [s["txt"] for s in ours] == [s["txt"] for s in folder]
+    assert [s.get("png") for s in ours] == [s.get("png") for s in folder]
+
+
+def copied(raw, folder):
+    folder.mkdir()
+    for path in raw.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+def test_what_comes_later_does_not_belong_to_a_begun_curation(small, tmp_path, monkeypatch):
+    raw, clean_out = small
+    mine = copied(raw, tmp_path / "raw")
+    with monkeypatch.context() as patched:
+        patched.setattr(CurationFolder, "write_table", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            curate(mine, tmp_path / "out", SMALL)
+    (mine / "00.png").write_bytes(corpus.encoded(corpus.drawing(30, 80)))
+    curate(mine, tmp_path / "out", SMALL)
+    assert shard_bytes(tmp_path / "out") == shard_bytes(clean_out)
+
+
+def test_pictures_that_vanish_or_change_meanwhile_are_rejected(small, tmp_path, monkeypatch):
+    raw, _ = small
+    mine = copied(raw, tmp_path / "raw")
+    real = UnitPictures.measured
+
+    def forgetful(pictures, record):
+        pictures._reduced.clear()
+        return real(pictures, record)
+
+    monkeypatch.setattr(UnitPictures, "measured", forgetful)
+    shown = []
+
+    def meddling(pictures):
+        if not shown:
+            (mine / "1.png").unlink()
+            (mine / "2.png").write_bytes((mine / "3.png").read_bytes())
+        shown.extend(pictures)
+        return [5.0] * len(pictures)
+
+    curate(mine, tmp_path / "out", replace(SMALL, unit_size=100), tools=CurationTools(aesthetics=meddling))
+    found = {r.source: (r.stage, r.reason) for r in audit(tmp_path / "out")}
+    assert found["1.png"] == ("clarity", "unreadable file")
+    assert found["2.png"] == ("clarity", "changed meanwhile")
+    assert "3.png" in samples_of(tmp_path / "out")
+
+
+def test_pictures_that_change_before_they_are_put_into_shards_are_not_trained_on(small, tmp_path):
+    raw, _ = small
+    mine = copied(raw, tmp_path / "raw")
+    curate(mine, tmp_path / "out", SMALL)
+    (mine / "4.png").write_bytes((mine / "3.png").read_bytes())
+    (tmp_path / "out" / "shards" / "00001.tar").unlink()
+    with pytest.raises(ValueError, match=r"4.png cannot be put into a shard \(changed meanwhile"):
+        curate(mine, tmp_path / "out", SMALL)
+
+
+def test_bad_beginnings_are_refused(small, tmp_path):
+    raw, clean_out = small
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ValueError, match="no samples in"):
+        curate(tmp_path / "none", tmp_path / "out")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        curate(tmp_path / "nowhere", tmp_path / "out")
+    with pytest.raises(ValueError, match="inside the source; choose a folder outside"):
+        curate(raw, raw / "out")
+    with pytest.raises(ValueError, match="holds another curation: source .* unit_size 4, not 5"):
+        curate(tmp_path / "none", clean_out, replace(SMALL, unit_size=5))
+    for what in (audit, report_of):
+        with pytest.raises(FileNotFoundError, match="holds no curation"):
+            list(what(tmp_path / "none"))
