@@ -9,6 +9,8 @@ still are the same wherever they are asked for.
 import re
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass
+from functools import cache
+from itertools import product
 from typing import Literal, get_args
 
 from wellposed.data.digit_scenes import DigitScene, attributes, stable_number
@@ -59,19 +61,15 @@ def caption(scene: DigitScene, *, style: Style = "dense", language: Language = "
     """
     _check_style(style)
     if language not in LANGUAGES:
-        raise ValueError(f"language is {language!r}; write one of {', '.join(LANGUAGES)}")
-    grammar = GRAMMARS[language]
+        raise ValueError(f"language is {language!r}; write one of {', '.join(map(repr, LANGUAGES))}")
     number = stable_number("caption", *astuple(scene), style, language, variant)
-
-    def choose(options: tuple[str, ...]) -> str:
-        nonlocal number
-        number, chosen = divmod(number, len(options))
-        return options[chosen]
-
-    template = choose(grammar.templates[style])
-    sentences = ALTERNATIVES.sub(lambda found: choose(tuple(found[1].split("|"))), template)
+    templates = _wordings(style, language)
+    number, template = divmod(number, len(templates))
+    sentences = templates[template][number % len(templates[template])]
     classes = attributes(scene)
-    forms = {slot: words[classes[name]] for name, slots in grammar.words.items() for slot, words in slots.items()}
+    forms = {
+        slot: words[classes[name]] for name, slots in GRAMMARS[language].words.items() for slot, words in slots.items()
+    }
     return SENTENCE_START.sub(lambda found: found[0].upper(), sentences.format(**forms))
 
 
@@ -85,9 +83,20 @@ def mentioned(style: Style) -> tuple[str, ...]:
     return MENTIONED[style]
 
 
+@cache
+def _wordings(style: Style, language: Language) -> tuple[tuple[str, ...], ...]:
+    """For each template, what it becomes by every choice of alternatives."""
+    found: list[tuple[str, ...]] = []
+    for template in GRAMMARS[language].templates[style]:
+        # Split at a pattern with one group: text and alternatives take turns, text first and last.
+        parts = [part.split("|") if i % 2 else [part] for i, part in enumerate(ALTERNATIVES.split(template))]
+        found.append(tuple("".join(reversed(chosen)) for chosen in product(*reversed(parts))))
+    return tuple(found)
+
+
 def _check_style(style: str) -> None:
     if style not in STYLES:
-        raise ValueError(f"style is {style!r}; write one of {', '.join(STYLES)}")
+        raise ValueError(f"style is {style!r}; write one of {', '.join(map(repr, STYLES))}")
 
 
 ENGLISH = Grammar(

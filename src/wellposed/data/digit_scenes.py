@@ -75,6 +75,7 @@ CELLS = 8
 SMALLEST_SIDE = 2 * CELLS
 # Grey level of the stored digits where the edge of a stroke is drawn. Lower, loops fill up; higher, strokes break.
 EDGE_LEVEL = 0.4
+GENTLEST_EDGE = 0.5 / EDGE_LEVEL  # less, and there would be ink where there is none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +133,7 @@ def draw_all(scenes: Sequence[DigitScene], height: int, width: int) -> UInt8[Ten
     The digit's square has half of the shorter side. Its 8 x 8 grey levels, interpolated linearly and zero outside, are
     a field f over the picture; with k pixels to a cell, the share of ink in a pixel is
 
-        (f - 0.4) max(1, 2 k / 3) + 1/2, between 0 and 1,
+        (f - 0.4) max(5/4, 2 k / 3) + 1/2, between 0 and 1,
 
     so that strokes end within a pixel or two at every size.
 
@@ -157,7 +158,7 @@ def draw_all(scenes: Sequence[DigitScene], height: int, width: int) -> UInt8[Ten
     rows = _cell_weights(height, [y for y, _ in places], side)
     columns = _cell_weights(width, [x for _, x in places], side)
     field = rows @ torch.stack([_cells_of(scene) for scene in scenes]) @ columns.mT
-    ink = ((field - EDGE_LEVEL) * max(1.0, 2 * side / CELLS / 3) + 0.5).clamp(0, 1)[:, None]
+    ink = ((field - EDGE_LEVEL) * max(GENTLEST_EDGE, 2 * side / CELLS / 3) + 0.5).clamp(0, 1)[:, None]
     colour, ground = (
         torch.tensor([table[name] for name in names], dtype=torch.float32)[:, :, None, None]
         for table, names in ((INKS, [s.colour for s in scenes]), (GROUNDS, [s.background for s in scenes]))
