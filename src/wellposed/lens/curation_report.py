@@ -135,7 +135,7 @@ def report_of(out: str | Path) -> CurationReport:
             if name == "readable":
                 misnamed += sum(1 for record in records if record.kept and "misnamed" in record.facts)
             if name == "captions":
-                captions += CaptionStatistics.of(map(caption_result, records), elapsed_seconds=0)
+                captions += CaptionStatistics.of(map(caption_result, records), elapsed_seconds=0.0)
         seconds = folder.seconds(name)
         if name == "captions":
             captions += CaptionStatistics(elapsed_seconds=seconds)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging
@@ -13,15 +13,20 @@ __all__ = ["loaded_pipeline"]
 Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 
 
-def loaded_pipeline(kind: type[Pipeline], folder: Path) -> Pipeline:
+def loaded_pipeline(kind: type[Pipeline], folder: Path, **parts: Any) -> Pipeline:
     """An exported pipeline.
+
+    Args:
+        kind: its class.
+        folder: where it is.
+        parts: that take the place of those in the folder.
 
     Raises:
         ValueError: files that are missing or damaged.
     """
     try:
         with _no_loading_bar():
-            return kind.from_pretrained(folder)
+            return kind.from_pretrained(folder, **parts)
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"the pipeline in {folder} cannot be loaded ({reason}); export it again") from error

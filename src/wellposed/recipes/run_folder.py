@@ -23,7 +23,11 @@ from typing import Any
 
 from wellposed.recipes.recipe import Recipe
 
-__all__ = ["RunFolder", "is_main_process", "open_run", "resolved_settings", "start_run", "write_json"]
+__all__ = ["REFERENCE", "RunFolder", "is_main_process", "open_run", "resolved_settings", "start_run", "write_json"]
+
+
+REFERENCE = "base.json"
+"""In a pipeline folder that holds only what was trained: which other pipeline has the rest."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,7 @@ def open_run(path: str | Path) -> RunFolder:
         what = "is no run folder (it has no recipe.json)" if run.path.exists() else "does not exist"
         raise ValueError(f"{run.path} {what}; make a run with: wellposed train RECIPE --out {run.path}")
     name = run.settings()["recipe"]
-    if not (run.pipeline / "model_index.json").is_file():
+    if not any((run.pipeline / name).is_file() for name in ("model_index.json", REFERENCE)):
         raise ValueError(
             f"{run.path} has no pipeline yet: training has not reached its first checkpoint; go on with: "
             f"wellposed train {name} --out {run.path} --resume"

@@ -9,10 +9,11 @@ from wellposed.lens.captioning import word_count
 from wellposed.lens.objectives import forward_flops
 from wellposed.lens.text_encoder import LensTextEncoder
 from wellposed.lens.transformer import LensTransformer2DModel
+from wellposed.recipes.lens_base import BaseTextEncoder
 
 __all__ = ["CountedCaptions"]
 
-# Forward, and twice as much backward: once for the activations' gradients, once for the weights'.
+# Forward, and backward once for the activations' gradients and once for the weights'.
 PASSES = 3
 
 
@@ -27,15 +28,18 @@ class CountedCaptions:
         network: what is trained on them.
         text_encoder: whose tokens its text is.
         side: pixels to a side of an image token.
+        passes: forward passes that a step costs: 3, or 2 where the weights are frozen. An adapter's own third pass,
+            about a percent, is then left out.
     """
 
     def __init__(
         self,
         planned: BucketedBatches,
         network: LensTransformer2DModel,
-        text_encoder: LensTextEncoder,
+        text_encoder: LensTextEncoder | BaseTextEncoder,
         *,
         side: int,
+        passes: int = PASSES,
     ) -> None:
         self.planned = planned
         self.side = side
@@ -44,7 +48,7 @@ class CountedCaptions:
         self.suffix = len(frame.suffix)
         self.most = text_encoder.template.max_length - len(frame.prefix)
         # Operations are a + b n + c s + d (n + s)^2 in image and text tokens; four values tell the four numbers.
-        at = {(n, s): PASSES * forward_flops(network, n, s) for n, s in ((0, 0), (1, 0), (0, 1), (1, 1))}
+        at = {(n, s): passes * forward_flops(network, n, s) for n, s in ((0, 0), (1, 0), (0, 1), (1, 1))}
         self.square = (at[1, 1] - at[1, 0] - at[0, 1] + at[0, 0]) / 2
         self.once = at[0, 0]
         self.by_image, self.by_text = (at[place] - self.once - self.square for place in ((1, 0), (0, 1)))

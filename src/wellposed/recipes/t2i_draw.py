@@ -1,6 +1,6 @@
 """Pictures of prompts from a run's pipeline."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,9 +11,11 @@ from torch import Tensor
 
 from wellposed.lens.pipeline import LensPipeline
 from wellposed.lens.scheduler import LensFlowMatchScheduler
-from wellposed.lens.text_encoder import LensTextEncoder
+from wellposed.lens.text_encoder import LensTextEncoder, TextFeatures
 from wellposed.lens.transformer import LensTransformer2DModel
+from wellposed.recipes.lens_base import load_referring
 from wellposed.recipes.loading import loaded_pipeline
+from wellposed.recipes.run_folder import REFERENCE
 from wellposed.recipes.t2i_recipe import T2ISamplingSettings
 from wellposed.training.context import derived_seed
 
@@ -21,14 +23,14 @@ __all__ = ["draw_prompts", "lens_pipeline", "load_lens"]
 
 
 def lens_pipeline(
-    network: LensTransformer2DModel, autoencoder: AutoencoderKLFlux2, text_encoder: LensTextEncoder
+    network: LensTransformer2DModel, autoencoder: AutoencoderKLFlux2, text_encoder: LensTextEncoder | None
 ) -> LensPipeline:
-    """The pipeline of trained parts, silent."""
+    """The pipeline of trained parts, silent; without text encoder it draws from features alone."""
     pipe = LensPipeline(
         scheduler=LensFlowMatchScheduler(),
         vae=autoencoder,
-        text_encoder=cast(Any, text_encoder.model),
-        tokenizer=text_encoder.tokenizer,
+        text_encoder=cast(Any, text_encoder.model) if text_encoder else None,
+        tokenizer=text_encoder.tokenizer if text_encoder else None,
         transformer=network,
         release="base",
     )
@@ -37,12 +39,14 @@ def lens_pipeline(
 
 
 def load_lens(pipeline: Path, device: torch.device) -> LensPipeline:
-    """An exported pipeline, silent and ready to draw.
+    """An exported pipeline, or one that refers to another, silent and ready to draw.
 
     Raises:
         ValueError: files that are missing or damaged.
     """
-    pipe = loaded_pipeline(LensPipeline, pipeline).to(device)
+    refers = (pipeline / REFERENCE).is_file()
+    pipe = load_referring(pipeline, device) if refers else loaded_pipeline(LensPipeline, pipeline)
+    pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -56,6 +60,7 @@ def draw_prompts(
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
     size: tuple[int, int] | None = None,
+    text: Callable[[Sequence[str]], TextFeatures] | None = None,
 ) -> Iterator[Float[Tensor, "batch channels height width"]]:
     """Batches of pictures in [0, 1], one for each prompt; picture i depends on its prompt and on (``seed``, i) alone.
 
@@ -67,13 +72,14 @@ def draw_prompts(
         num_inference_steps: T.
         guidance_scale: w.
         size: height and width.
+        text: from prompts to features, for a pipeline without text encoder.
     """
     height, width = size or sampling.size
     for start in range(0, len(prompts), sampling.batch_size):
         some = list(prompts[start : start + sampling.batch_size])
         seeds = [derived_seed(seed, "picture", start + place) for place in range(len(some))]
         drawn = pipe(
-            some,
+            **({"prompt": some} if text is None else _features(text(some))),
             height=height,
             width=width,
             num_inference_steps=num_inference_steps or sampling.num_inference_steps,
@@ -83,3 +89,7 @@ def draw_prompts(
             return_dict=False,
         )
         yield drawn[0].float()
+
+
+def _features(found: TextFeatures) -> dict[str, Tensor]:
+    return {"prompt_embeds": found.hidden_states, "prompt_embeds_mask": found.mask}

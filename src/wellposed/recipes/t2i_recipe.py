@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FollowingEvaluation",
+    "LoraSettings",
     "PretrainingStage",
     "Source",
     "T2ISamplingSettings",
@@ -44,6 +45,21 @@ class Source:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraSettings:
+    """A low-rank adapter (arXiv 2106.09685) beside the projections of attention of both streams.
+
+    Attributes:
+        rank: r.
+        alpha: the adapter is scaled by alpha / r.
+        mlps: also beside the matrices of the MLPs, for 2.8 times the parameters.
+    """
+
+    rank: int = 64
+    alpha: float | int = 64
+    mlps: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class PretrainingStage:
     """One stage of pre-training; each goes on from the averaged weights of the one before.
 
@@ -58,6 +74,7 @@ class PretrainingStage:
         time_std: of logit t.
         sample_posterior: draw latents from the autoencoder's posterior, instead of its mode.
         gradient_checkpointing: compute blocks again in the backward pass instead of keeping them.
+        adapter: train this alone, beside weights that stay as they are; None to train these.
     """
 
     name: str
@@ -69,6 +86,7 @@ class PretrainingStage:
     time_std: float = 1.0
     sample_posterior: bool = True
     gradient_checkpointing: bool = False
+    adapter: LoraSettings | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,8 +140,10 @@ class TextToImageRecipe(Recipe):
     Attributes:
         corpus: -> the training images and captions, at any size; made for the recipe itself.
         autoencoder: -> the frozen ``AutoencoderKLFlux2``; made for the corpus.
-        text_encoder: -> the frozen ``LensTextEncoder``; made for the corpus.
-        network: (autoencoder, text encoder) -> the ``LensTransformer2DModel``, untrained.
+        text_encoder: -> the frozen ``LensTextEncoder``; made for the corpus. Or a ``BaseTextEncoder``, that of a
+            pipeline which the run goes on from and its own pipeline refers to.
+        network: (autoencoder, text encoder) -> the ``LensTransformer2DModel``, untrained; None for the one of the
+            pipeline that the run goes on from.
         stages: of pre-training, one or more.
         sampling: how images are drawn.
         evaluation: how they are scored; None where only people judge.
@@ -131,19 +151,21 @@ class TextToImageRecipe(Recipe):
         languages: of the captions trained on, in equal shares.
         cache_features: keep text features on disk, so that every caption is encoded once.
         shown: prompts of the pictures that each checkpoint leaves.
+        shown_captions: how many captions of the corpus are drawn beside them.
     """
 
     corpus: Source
     autoencoder: Source
     text_encoder: Source
-    network: Callable[[Any, Any], Any]
     stages: tuple[PretrainingStage, ...]
     sampling: T2ISamplingSettings
+    network: Callable[[Any, Any], Any] | None = None
     evaluation: FollowingEvaluation | None = None
     caption_style: str | Mapping[str, float] = "dense"
     languages: tuple[str, ...] = ("en",)
     cache_features: bool = True
     shown: tuple[str, ...] = field(default_factory=tuple[str, ...])
+    shown_captions: int = 0
 
     @property
     def options(self) -> frozenset[str]:
@@ -152,7 +174,8 @@ class TextToImageRecipe(Recipe):
 
     def required_files(self) -> tuple[RequiredFile, ...]:
         """Captioned images, autoencoder, text encoder."""
-        return (*self.corpus.files, *self.autoencoder.files, *self.text_encoder.files)
+        files = (*self.corpus.files, *self.autoencoder.files, *self.text_encoder.files)
+        return tuple(dict.fromkeys(files))  # a pipeline holds more than one part
 
     def settings(self) -> dict[str, Any]:
         """Everything that is a plain value."""

@@ -6,8 +6,8 @@
 ``text_encoder/``     the text encoder, where the run makes it
 ``features/``         text features, each caption's encoded once
 ``STAGE/``            checkpoints and metrics of an earlier stage, its network in ``model``
-``checkpoints/``      of the last stage, beside its ``metrics.jsonl`` and ``usage.json``
-``pipeline/``         the ``LensPipeline``
+``checkpoints/``      of the last stage, beside its ``metrics.jsonl``, ``usage.json`` and ``buckets.txt``
+``pipeline/``         the ``LensPipeline``; or what was trained of it, and in ``base.json`` where the rest is
 ``samples/``          pictures at each checkpoint
 ====================  ================================================================================================
 """
@@ -15,6 +15,7 @@
 from pathlib import Path
 from typing import Any
 
+from wellposed.lens.adapters import need_peft
 from wellposed.recipes.device import resolved_device
 from wellposed.recipes.optimize import component_config
 from wellposed.recipes.recipe import TrainedRun
@@ -41,12 +42,15 @@ def train_t2i(
 
     Raises:
         FileNotFoundError: files that the recipe needs are missing.
+        ImportError: a stage trains an adapter, and peft is missing.
         ValueError: a folder in use, a checkpoint that does not fit, steps < 1, or others than those of the resumed run.
         TrainingInterrupted: after Ctrl-C or SIGTERM; ``resume`` goes on from there.
     """
     if steps is not None and steps < 1:
         raise ValueError(f"steps is {steps}; give at least 1")
     resolved_device(device)
+    if any(stage.adapter for stage in recipe.stages):
+        need_peft()
     for file in recipe.required_files():
         file.found_in(recipe.folder)
     run = start_run(out, recipe, resume=resume)
