@@ -145,6 +145,23 @@ def test_a_run_of_text_from_end_to_end(small_recipe: None, tmp_path: Path, capsy
     assert "--num-lanczos-steps means nothing to udm_tiny; of its own it takes --prompt" in complaint(capsys)
 
 
+def test_account_of_published_settings_and_of_a_run(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["account", "lens", "z-image"]) == 0
+    shown = capsys.readouterr().out
+    assert "0.1928 of the peak FLOP of z-image" in shown
+    assert "Captioning is left out" in shown
+    (trained / "history.json").write_text('{"accuracy": [[4, 0.25], [12, 0.75]]}')
+    assert main(["account", "run", "run", "--to", "accuracy=0.5"]) == 0
+    shown = capsys.readouterr().out
+    assert "samples until accuracy = 0.5" in shown
+    assert "run took 1.0000 of the peak FLOP of run until accuracy = 0.5" in shown
+    assert main(["report", "run"]) == 0
+    assert "MFU" in (trained / "report.html").read_text()
+
+
 def test_list_shows_every_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list"]) == 0
     shown = capsys.readouterr().out
@@ -189,6 +206,8 @@ def test_misuse_shows_the_usage(arguments: list[str], capsys: pytest.CaptureFixt
         (["trian", "lgs_tiny"], "no command 'trian'; did you mean train?"),
         (["train", "lgs_tny"], "no recipe 'lgs_tny'; did you mean lgs_tiny?"),
         (["report"], "no runs to report"),
+        (["account"], "no runs to account for"),
+        (["account", "lens", "--to", "GenEval"], "--to is 'GenEval'; write a metric and a number"),
     ],
 )
 def test_wrong_words(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -202,6 +221,7 @@ def test_wrong_words(arguments: list[str], said: str, capsys: pytest.CaptureFixt
         (["sample", "nowhere"], "nowhere does not exist; make a run with: wellposed train RECIPE --out nowhere"),
         (["evaluate", "."], "is no run folder"),
         (["report", "nowhere"], "nowhere is not a folder"),
+        (["account", "lens", "nowhere"], "nowhere is neither the folder of a run nor a published setting"),
         (["train", "lgs_celeba64"], "celeba64.pth is missing: the CelebA 64x64 network of DDIM; get it from"),
         (["train", "lgs_imagenet64", "--steps", "5"], "imagenet64 is missing: ImageNet 64x64"),
         (["train", "lgs_tiny", "--steps", "0"], "steps is 0; give at least 1"),

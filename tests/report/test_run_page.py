@@ -57,6 +57,30 @@ def test_the_page_of_two_runs_sets_them_side_by_side(tmp_path):
     assert str(tmp_path) not in html
 
 
+def test_what_a_run_used_is_shown(tmp_path):
+    folder = make_run(tmp_path / "run")
+    used = {
+        "device": "NVIDIA A100-SXM4-80GB",
+        "kind": "cuda",
+        "devices": 8,
+        "peak_flop_per_second": 312e12,
+        "peak_source": "nominal",
+        "seconds": 900.0,
+        "device_seconds": 7200.0,
+        "peak_flop": 7200 * 312e12,
+        "steps": 10,
+        "repeated_steps": 3,
+        "samples": 400,
+        "model_flops": 0.25 * 7200 * 312e12,
+    }
+    (folder / "usage.json").write_text(json.dumps(used))
+    html = report_runs([folder, make_run(tmp_path / "other")], tmp_path / "r.html").read_text()
+    section = html.split('<section id="efficiency">')[1].split("</section>")[0]
+    for words in ("8 x NVIDIA A100-SXM4-80GB", "MFU", ">0.2500<", "3 steps were done again", "<code>run</code>"):
+        assert words in section, words
+    assert "<code>other</code>" not in section
+
+
 def test_a_run_that_is_not_finished_is_shown_as_far_as_it_is(tmp_path):
     folder = make_run(tmp_path / "young")
     (folder / "record.json").unlink()

@@ -3,6 +3,7 @@
 =====================  =====================================================================================
 ``recipe.json``        the resolved settings; written first, so that a folder with it is a run
 ``metrics.jsonl``      what training measured along the way
+``usage.json``         what training used: time on devices, samples, model FLOPs
 ``validation.jsonl``   what was measured on held-out data at checkpoints, for text
 ``tokenizer/``         for text: the tokenizer, made once, before the first step
 ``checkpoints/``       what training resumes from

@@ -259,7 +259,7 @@ def remarks(comparison: Comparison) -> tuple[str, ...]:
         said.append("Both are counted as a whole, whatever they reached: see the scores.")
     merged = [factor for factor in comparison.factors if len(factor.levers) > 1]
     if merged:
-        missing = [s.name for s in (first, second) if None in (s.caption_words, s.samples, s.model_flops)]
+        missing = dict.fromkeys(s.name for s in (first, second) if None in _levels(s, 1.0))
         apart = "; ".join(" x ".join(factor.levers) for factor in merged)
         said.append(f"Not to be told apart, for want of figures of {' and '.join(missing)}: {apart}.")
     return tuple(said)
