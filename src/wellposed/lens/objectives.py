@@ -188,7 +188,7 @@ def _contribution(group: str, losses: Tensor, inside: Tensor) -> dict[str, Tenso
     return {SUM + group: (losses * inside).mean(), ROWS + group: inside.mean()}
 
 
-def loss_by_group(lines: Iterable[Mapping[str, float]], player: str) -> dict[str, float]:
+def loss_by_group(lines: Iterable[Mapping[str, float | int]], player: str) -> dict[str, float]:
     """Mean losses by noise level and by grid over lines of a run's ``metrics.jsonl``; groups without rows are left out.
 
     Args:
