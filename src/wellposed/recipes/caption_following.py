@@ -149,8 +149,9 @@ class SceneClassifier(nn.Module):
         for convolution, norm in zip(self.convolutions, self.norms, strict=True):
             hidden = silu(norm(convolution(hidden)))
         stroke = silu(self.of_stroke(self.dropout(hidden.flatten(1))))
-        place = silu(self.of_place(4 * features.place - 2))
-        colours = silu(self.of_colours(2 * torch.cat([features.ink, features.ground], 1) - 1))
+        # Few numbers, in [-4, 4]: from [-1, 1] the first layer takes several times as many steps to spread them.
+        place = silu(self.of_place(8 * features.place - 4))
+        colours = silu(self.of_colours(8 * torch.cat([features.ink, features.ground], 1) - 4))
         told_from = {"digit": stroke, "colour": colours, "position": place, "background": colours}
         return {name: head(told_from[name]) for name, head in self.heads.items()}
 
