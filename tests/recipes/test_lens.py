@@ -1,6 +1,8 @@
 """Recipes of Lens: a tiny run from pictures in a folder to scores, exact resumes, and the published settings."""
 
+import importlib.util
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from wellposed.data.buckets import Buckets, Size
@@ -31,7 +34,14 @@ from wellposed.recipes.small_flux_vae import FluxVaeShape, keep_latent_statistic
 from wellposed.recipes.small_gpt_oss import GptOssShape, caption_tokenizer, small_gpt_oss
 from wellposed.recipes.t2i_counts import CountedCaptions
 from wellposed.recipes.t2i_recipe import PretrainingStage, Source, TextToImageRecipe
-from wellposed.training import TrainingInterrupted
+from wellposed.training import Run, TrainingInterrupted
+
+# The fixture of another folder's tests: a conftest has no importable name of its own.
+SPEC = importlib.util.spec_from_file_location("ranks", Path(__file__).parents[1] / "training" / "conftest.py")
+assert SPEC is not None and SPEC.loader is not None
+ranks = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(ranks)
+on_ranks = ranks.on_ranks
 
 STEPS = 4
 SMALL_VAE = FluxVaeShape(block_out_channels=(8, 8), latent_channels=4, norm_num_groups=4)
@@ -109,6 +119,10 @@ def weights(folder: Path) -> dict[str, Tensor]:
     return LensTransformer2DModel.from_pretrained(folder).state_dict()
 
 
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of the small recipe."""
@@ -124,7 +138,7 @@ def test_what_a_run_leaves(run: Path) -> None:
     assert settings["stages"][1]["shapes"] == {"16": [[16, 16]], "19": [[16, 24]]}
     assert settings["network"]["num_layers"] == 2
     for folder in (run, run / "low"):
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        lines = metrics(folder)
         assert [line["step"] for line in lines] == [1, 2, 3, 4]
         assert (folder / "model" / "config.json").is_file()
     groups = loss_by_group(lines, "network")
@@ -174,9 +188,7 @@ def test_scores(run: Path) -> None:
 
 def test_interrupted_in_the_middle_of_an_epoch(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped after the third step of the second stage and resumed, it ends with the same weights, bit for bit."""
-    import wellposed.training.run as running
-
-    advance, calls = running.Run.advance, [0]
+    advance, calls = Run.advance, [0]
 
     def stop_in_time(self: Any, data: Any) -> None:
         calls[0] += 1
@@ -184,7 +196,7 @@ def test_interrupted_in_the_middle_of_an_epoch(run: Path, tmp_path: Path, monkey
             raise KeyboardInterrupt
         advance(self, data)
 
-    monkeypatch.setattr(running.Run, "advance", stop_in_time)
+    monkeypatch.setattr(Run, "advance", stop_in_time)
     with pytest.raises((KeyboardInterrupt, TrainingInterrupted)):
         small_recipe().train(tmp_path / "run", device="cpu", progress=False)
     monkeypatch.undo()
@@ -193,6 +205,48 @@ def test_interrupted_in_the_middle_of_an_epoch(run: Path, tmp_path: Path, monkey
     small_recipe().train(tmp_path / "run", device="cpu", progress=False, resume=True)
     whole, resumed = weights(run / "model"), weights(tmp_path / "run" / "model")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_one_process_then_two_then_one(run: Path, tmp_path: Path, on_ranks: Callable[..., list[Any]]) -> None:
+    """A run that changes its number of processes twice, in the middle of an epoch, ends as one that never did."""
+    out = tmp_path / "run"
+    stages = tuple(replace(stage, training=few(checkpoint_every=1)) for stage in small_recipe().stages)
+    recipe = small_recipe(stages=stages, shown=())
+
+    def until(stage: str, step: int) -> None:
+        """Go on up to a step, as if killed there."""
+        checkpoints = (out if stage == "mixed" else out / stage) / "checkpoints"
+
+        class Killed(Exception):
+            pass
+
+        advance = Run.advance
+
+        def stop(self: Run, data: Any) -> None:
+            if (checkpoints / f"step_{step:08d}").is_dir():
+                raise Killed
+            advance(self, data)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Run, "advance", stop)
+            with pytest.raises(Killed):
+                recipe.train(out, device="cpu", progress=False, resume=out.exists())
+
+    def two() -> None:
+        os.environ.update(RANK=str(dist.get_rank()), WORLD_SIZE="2")
+        until("mixed", 2)
+
+    until("low", 3)
+    on_ranks(2, two)
+    recipe.train(out, device="cpu", progress=False, resume=True)
+    whole, parted = weights(run / "model"), weights(out / "model")
+    for name, value in whole.items():
+        torch.testing.assert_close(parted[name], value, rtol=0, atol=2e-5, msg=name)
+    lines = [
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (run, out)
+    ]
+    for one, other in zip(*lines, strict=True):
+        assert other["network/loss"] == pytest.approx(one["network/loss"], rel=1e-4)
 
 
 def test_other_steps_are_another_run(run: Path) -> None:
