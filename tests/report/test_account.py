@@ -197,6 +197,7 @@ def test_samples_to_a_score(setting, metric, value, samples):
         (FULL, ("beauty", 1.0), "full has no history of 'beauty'; there is accuracy"),
         (LENS, ("accuracy", 0.5), "lens has no history of 'accuracy'; there is none at all"),
         (replace(FULL, samples=None), ("accuracy", 0.5), "full does not say how many samples"),
+        (replace(FULL, history=OTHER.history), ("accuracy", 0.1), "full was at accuracy = 0.1 before its first sample"),
     ],
 )
 def test_targets_that_tell_nothing(first, target, said):

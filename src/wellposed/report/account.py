@@ -235,6 +235,8 @@ def _share_until(setting: Setting, target: Target | None) -> float:
     reached = setting.samples_to(target)
     if setting.samples is None:
         raise ValueError(f"{setting.name} does not say how many samples it saw; leave out the target {target}")
+    if reached == 0:
+        raise ValueError(f"{setting.name} was at {target} before its first sample; choose a target that takes training")
     return reached / setting.samples
 
 
