@@ -172,7 +172,7 @@ def test_the_report_counts_an_epoch(caplog):
     with caplog.at_level(logging.WARNING):
         data = planned(Pictures(sizes), buckets=buckets, shares=2)
     assert "3 of 21 pictures are too small" in caplog.text
-    assert "the bucket 2x8 has 5 pictures at most, fewer than the 6 of a share" in caplog.text
+    assert "1 buckets have fewer pictures than a share and repeat them within it, such as 2x8 (5 for 6)" in caplog.text
     report = data.report()
     assert [(b.images, b.shares, b.repeats, b.starved) for b in report.buckets] == [
         (13, 3, 5, False),

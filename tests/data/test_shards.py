@@ -212,6 +212,24 @@ def test_batches_follow_their_indices(tmp_path):
             dataset.batch(indices, Size(8, 8))
 
 
+def test_memory_is_used_again_only_when_nobody_holds_it(tmp_path):
+    written(tmp_path)
+    dataset = ShardedImages.open(tmp_path)
+    first = dataset.batch([0, 1], Size(40, 48))
+    place, part = first.images.data_ptr(), first.images[1:, :, 3].numpy()
+    copy = part.copy()
+    del first
+    second = dataset.batch([2, 3], Size(40, 48))
+    assert second.images.data_ptr() != place, "a part is still held"
+    assert (part == copy).all()
+    del part
+    smaller = dataset.batch([4], Size(20, 20))
+    assert smaller.images.data_ptr() == place
+    assert numbers(smaller) == [4] and numbers(second) == [2, 3]
+    larger = dataset.batch([0, 1, 2, 3], Size(40, 48))
+    assert numbers(larger) == [0, 1, 2, 3] and numbers(smaller) == [4]
+
+
 def test_pictures_are_covered_and_never_enlarged_by_accident(tmp_path):
     written(tmp_path)
     pixels = np.asarray(cover_and_crop(painted(2, width=50), Size(20, 20))).astype(np.float32)

@@ -216,12 +216,15 @@ class BucketedBatches:
         small = len(self.dataset) - sum(len(kind.members) for kind in self._kinds)
         if small:
             logger.warning("%d of %d pictures are too small for every bucket and left out", small, len(self.dataset))
-        for bucket in np.flatnonzero((self._most_images > 0) & (self._most_images < self._batch_sizes)).tolist():
+        starved = np.flatnonzero((self._most_images > 0) & (self._most_images < self._batch_sizes)).tolist()
+        if starved:
             logger.warning(
-                "the bucket %dx%d has %d pictures at most, fewer than the %d of a share: they are repeated within it",
-                *self.buckets.shapes[bucket][1],
-                self._most_images[bucket],
-                self._batch_sizes[bucket],
+                "%d buckets have fewer pictures than a share and repeat them within it, such as %dx%d (%d for %d); "
+                "report() lists them",
+                len(starved),
+                *self.buckets.shapes[starved[0]][1],
+                self._most_images[starved[0]],
+                self._batch_sizes[starved[0]],
             )
 
     def _check_parts(self, parts: int) -> None:
