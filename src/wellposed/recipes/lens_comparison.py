@@ -153,6 +153,15 @@ class _Measure(Callback):
             )
         )
         write_json(self.path, [asdict(one) for one in self.found])
+        write_json(self.folder / "history.json", self._history())
+
+    def _history(self) -> dict[str, list[tuple[int, float]]]:
+        """Scores by images seen, where ``wellposed account --to`` looks for them: of the first kind of picture."""
+        kind = next(iter(self.found[0].following))
+        scores = {"loss": [(one.images, one.loss) for one in self.found]}
+        for name in self.found[0].following[kind]:
+            scores[name] = [(one.images, one.following[kind][name]) for one in self.found]
+        return scores
 
     def _following(self, network: LensTransformer2DModel) -> dict[str, dict[str, float]]:
         evaluation = self.recipe.evaluation

@@ -63,6 +63,8 @@ def train_t2i(
     settings: dict[str, Any] = resolved_settings(recipe, seed=seed, steps=steps, device=device)
     if is_main_process():
         write_json(run.settings_file, settings)
+        # Where the account of the whole run finds its parts.
+        write_json(run.path / "stages.json", [*(stage.name for stage in recipe.stages[:-1]), "."])
     with worker_group(device):  # one group for all stages
         corpus = first_on_main(recipe.corpus, run.path / "corpus", recipe.folder, recipe, options)
         autoencoder = recipe.autoencoder.get(run.path / "autoencoder", recipe.folder, corpus, seed, device)
