@@ -170,8 +170,8 @@ def random_scenes(count: int, *, split: SceneSplit = "train", seed: int = 0) -> 
     """Scenes in random order, with the handwriting and the combinations of the split.
 
     Every combination comes once before any comes again, and among those still to come the next is one whose
-    properties have come least often: any beginning of the sequence is balanced. The combinations of both splits hold
-    every digit, ink and place equally often together; grounds differ by at most one in a list of all.
+    properties have come least often: any beginning of the sequence is balanced. Over all combinations of a split, every
+    digit, ink and place comes equally often, and so do the three together; grounds, up to one.
 
     Args:
         count: how many.
