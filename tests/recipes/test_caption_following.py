@@ -12,7 +12,6 @@ from wellposed.recipes.caption_following import (
     ALL,
     AttributeClassifiers,
     attribute_classifiers,
-    following_table,
     scene_features,
     score_following,
 )
@@ -113,21 +112,9 @@ def test_batches_of_several_shapes(classifiers):
     assert scores.scores["position"].share.value > 0.95
 
 
-def test_table(classifiers):
-    good = score_following(pictures(), SCENES, classifiers)
-    bad = score_following(pictures().flip(0), SCENES, classifiers)
-    table = following_table({"dense": good, "noise": bad})
-    assert table.columns == ("pictures", "digit", "colour", "position", "background", "all", "n")
-    assert [row[0] for row in table.rows] == ["dense", "noise", "chance", "drawn scenes"]
-    assert {len(row) for row in table.rows} == {7}
-    assert table.rows[2][1:6] == ("10", "12.5", "20", "16.7", "0.0417")
-    assert table.metrics["dense: colour"] == good.scores["colour"].share.value
-    assert all("scene classifier" in card for card in table.cards)
-    assert "colour" in str(good) and "n=120" in str(good)
-    with pytest.raises(ValueError, match="same properties"):
-        following_table({"dense": good, "brief": score_following(pictures(), SCENES, classifiers, asked=["digit"])})
-    with pytest.raises(ValueError, match="at least one"):
-        following_table({})
+def test_scores_in_a_line(classifiers):
+    line = str(score_following(pictures(), SCENES, classifiers))
+    assert "colour" in line and "n=120" in line
 
 
 def test_kept_and_a_function_of_the_seed(tmp_path, monkeypatch):

@@ -34,7 +34,6 @@ from wellposed.evaluation.features import check_unit_range, hash_weights
 from wellposed.evaluation.scores import Estimate
 from wellposed.recipes.device import resolved_device
 from wellposed.recipes.optimize import seeded_network
-from wellposed.recipes.recipe import ScoreTable
 from wellposed.recipes.run_folder import is_main_process
 from wellposed.training import PlannedBatches, Player, StepContext, TrainingConfig, derived_seed, train
 
@@ -46,7 +45,6 @@ __all__ = [
     "SceneClassifier",
     "SceneFeatures",
     "attribute_classifiers",
-    "following_table",
     "scene_features",
     "score_following",
 ]
@@ -321,38 +319,6 @@ def score_following(
         ceiling=classifiers.accuracy(asked),
     )
     return FollowingScores(count=count, judge=classifiers.name, scores={**scores, ALL: together})
-
-
-def following_table(scores: Mapping[str, FollowingScores]) -> ScoreTable:
-    """Scores of one or several sets of pictures, with chance and ceiling.
-
-    Args:
-        scores: by what to call the sets.
-
-    Raises:
-        ValueError: no scores, or sets whose captions spoke of different properties.
-    """
-    if len({tuple(one.scores) for one in scores.values()}) != 1:
-        raise ValueError(
-            f"the scores are of {[tuple(one.scores) for one in scores.values()]}; give at least one set's, and others "
-            "only with the same properties: what all of them mean together differs"
-        )
-    first = next(iter(scores.values()))
-    found = [
-        (label, *(_percent(score.share) for score in one.scores.values()), str(one.count))
-        for label, one in scores.items()
-    ]
-    chance = ("chance", *(f"{100 * score.chance:.3g}" for score in first.scores.values()), "")
-    ceiling = ("drawn scenes", *(_percent(score.ceiling) for score in first.scores.values()), "")
-    return ScoreTable(
-        columns=("pictures", *first.scores, "n"),
-        rows=(*found, chance, ceiling),
-        caption="percent of the pictures that show what their captions say",
-        metrics={
-            f"{label}: {name}": score.share.value for label, one in scores.items() for name, score in one.scores.items()
-        },
-        cards=tuple(f"{label}: {one.judge}, n={one.count}" for label, one in scores.items()),
-    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -12,6 +12,7 @@ from torch import nn
 from wellposed.batches import TextImageBatch
 from wellposed.data.captioned_digits import CaptionedDigits, captioned_digits
 from wellposed.lens.objectives import encoding, text_to_image_objective
+from wellposed.lens.text_encoder import LensTextEncoder
 from wellposed.lens.transformer import LensTransformer2DModel
 from wellposed.recipes.optimize import averaged_network
 from wellposed.recipes.run_folder import write_json
@@ -166,7 +167,7 @@ class _Measure(Callback):
     def _following(self, network: LensTransformer2DModel) -> dict[str, dict[str, float]]:
         evaluation = self.recipe.evaluation
         assert evaluation is not None
-        pipe = lens_pipeline(network, self.parts.autoencoder, self.parts.text_encoder)
+        pipe = lens_pipeline(network, self.parts.autoencoder, cast(LensTextEncoder, self.parts.text_encoder))
         shares: dict[str, dict[str, float]] = {}
         for language in evaluation.languages:
             scenes, prompts, asked = evaluation.prompts(evaluation.num_samples, evaluation.styles[0], language, 0)
