@@ -145,7 +145,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("runs/lens_captions"))
     parser.add_argument("--pictures", type=int, default=4000)
-    parser.add_argument("--autoencoder-steps", type=int, default=400)
+    parser.add_argument("--autoencoder-steps", type=int, default=1600)
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--measurements", type=int, default=3)
     parser.add_argument("--samples", type=int, default=200)

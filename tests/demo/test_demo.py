@@ -39,6 +39,11 @@ TINY = DemoSettings(
     detail_measurements=2,
     detail_samples=50,
     detail_sampling_steps=3,
+    captions_pictures=60,
+    captions_autoencoder_steps=2,
+    captions_steps=2,
+    captions_mixed_steps=2,
+    captions_samples=10,
 )
 
 
@@ -53,7 +58,7 @@ def test_the_page_has_every_section_and_the_measured_numbers(folder: Path) -> No
     page = (folder / "index.html").read_text(encoding="utf-8")
     lgs = ("rates", "samples", "cost", "depth", "guidance", "published")
     udm, dito = ("tokens", "gap", "frontier", "texts"), ("skipping", "place", "persistence", "penalty")
-    for section in (*lgs, *udm, *dito, "detail", "taps", "generating"):
+    for section in (*lgs, *udm, *dito, "detail", "taps", "generating", "prompts", "captions"):
         assert f'id="{section}"' in page
     outcomes = json.loads((folder / "covariances" / "record.json").read_text())["metrics"]["outcomes"]
     assert {row["steps"] for row in outcomes} == {2, 3, 4}
