@@ -115,9 +115,13 @@ def show(curve: FollowingCurve) -> None:
             )
 
 
-def over_seeds(values: Sequence[float]) -> list[float]:
-    """Mean and standard error."""
-    return [fmean(values), stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")]
+def over_seeds(values: Sequence[float]) -> list[float | None]:
+    """Mean and standard error; None of one seed."""
+    return [fmean(values), stdev(values) / len(values) ** 0.5 if len(values) > 1 else None]
+
+
+def shown(value: float, error: float | None, form: str) -> str:
+    return f"{value:{form}}" + ("" if error is None else f" +- {error:{form}}")
 
 
 def summary(curves: Sequence[FollowingCurve]) -> dict[str, Any]:
@@ -160,9 +164,9 @@ def main() -> None:
         )
         found = summary(curves)
         for arm, values in found.items():
-            print(f"{arm:14} loss {values['loss'][0]:.4f} +- {values['loss'][1]:.4f}")
+            print(f"{arm:14} loss {shown(*values['loss'], '.4f')}")
             for kind, shares in values["following"].items():
-                print(f"  {kind:24}", "  ".join(f"{name} {m:.1%} +- {e:.1%}" for name, (m, e) in shares.items()))
+                print(f"  {kind:24}", "  ".join(f"{name} {shown(*of, '.1%')}" for name, of in shares.items()))
         if not chosen.no_result:
             settings = {name: value for name, value in vars(chosen).items() if not isinstance(value, Path)}
             settings["threads"] = torch.get_num_threads()
