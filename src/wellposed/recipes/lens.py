@@ -59,7 +59,10 @@ def lens_tiny() -> TextToImageRecipe:
             "autoencoder trained on the way; minutes on a CPU"
         ),
         paper=PAPER,
-        expected="",
+        expected=(
+            "ours, with a shorter trained autoencoder: position 97 %, background 89 %, colour 66 % as the prompt says "
+            "(chance 20, 17, 13), digit at chance"
+        ),
         corpus=Source(get=tiny_corpus, what="4000 rendered scenes with handwritten digits, curated"),
         autoencoder=Source(get=tiny_autoencoder, what="a small FLUX.2 autoencoder, trained on the corpus"),
         text_encoder=Source(get=_tiny_text_encoder, what="a small GPT-OSS with random weights"),
