@@ -345,7 +345,12 @@ def tiny_corpus(
         write_captioned_folder(raw, count, sizes=TINY_NATIVE_SIZES, seed=seed)
         # The filters' defaults are for photographs: these pictures are small, flat and alike on purpose.
         config = CurationConfig(
-            min_area=32 * 32, min_information=0.1, min_exposure=0.01, max_exposure=1.0, duplicate_cosine=1.0
+            min_area=32 * 32,
+            min_clarity=1.0,
+            min_information=0.1,
+            min_exposure=0.01,
+            max_exposure=1.0,
+            duplicate_cosine=1.0,
         )
         curate(raw, curated, config)
     return ShardedImages.open(curated / "shards", caption_style=_caption_shares(recipe), seed=seed)
