@@ -73,7 +73,7 @@ def languages_arms(chosen: argparse.Namespace) -> list[Arm]:
 
 
 def sizes_arms(chosen: argparse.Namespace) -> list[Arm]:
-    """Shares of all arms have about 256 image tokens, and so do equal steps equal operations on images."""
+    """Shares of all arms have about 128 image tokens, and so do equal steps equal operations on images."""
     recipe = recipe_of(chosen)
     assert recipe.evaluation is not None
     sizes = ((32, 32), (48, 48), *UNSEEN)
@@ -81,9 +81,9 @@ def sizes_arms(chosen: argparse.Namespace) -> list[Arm]:
     shapes = {base: tuple(Size(*size) for size in some) for base, some in TINY_SHAPES.items()}
     corpus = captioned_digits(chosen.pictures, *TINY_NATIVE_SIZES)
     buckets = {
-        "32 x 32": Buckets.fixed(Size(32, 32), batch_size=16),
-        "48 x 48": Buckets.fixed(Size(48, 48), batch_size=7),
-        "mixed sizes": Buckets(by_base=shapes, batch_sizes={32: 16, 48: 7}),
+        "32 x 32": Buckets.fixed(Size(32, 32), batch_size=8),
+        "48 x 48": Buckets.fixed(Size(48, 48), batch_size=4),
+        "mixed sizes": Buckets(by_base=shapes, batch_sizes={32: 8, 48: 4}),
     }
     return [
         Arm(
@@ -150,7 +150,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/lens_captions"))
     parser.add_argument("--pictures", type=int, default=4000)
     parser.add_argument("--autoencoder-steps", type=int, default=1600)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--measurements", type=int, default=3)
     parser.add_argument("--samples", type=int, default=200)
     parser.add_argument("--no-result", action="store_true", help="only train what is missing")

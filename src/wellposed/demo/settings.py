@@ -85,6 +85,6 @@ class DemoSettings:
     detail_sampling_steps: int = 12
     captions_pictures: int = 2000
     captions_autoencoder_steps: int = 600
-    captions_steps: int = 500
-    captions_mixed_steps: int = 150
+    captions_steps: int = 1000
+    captions_mixed_steps: int = 300
     captions_samples: int = 100

@@ -73,11 +73,11 @@ def lens_tiny() -> TextToImageRecipe:
                 buckets=_tiny_low,
                 shares=2,
                 training=TrainingSettings(
-                    max_steps=1200,
-                    batch_size=32,
+                    max_steps=2400,
+                    batch_size=16,
                     learning_rate=2e-3,
                     warmup_steps=50,
-                    checkpoint_every=400,
+                    checkpoint_every=800,
                     **optimizer,
                 ),
                 sample_posterior=False,
@@ -87,11 +87,11 @@ def lens_tiny() -> TextToImageRecipe:
                 buckets=_tiny_mixed,
                 shares=2,
                 training=TrainingSettings(
-                    max_steps=600,
-                    batch_size=23,
+                    max_steps=1200,
+                    batch_size=12,
                     learning_rate=1e-3,
                     final_learning_rate=5e-5,
-                    checkpoint_every=300,
+                    checkpoint_every=600,
                     **optimizer,
                 ),
                 sample_posterior=False,
@@ -248,14 +248,14 @@ def with_text_encoder(recipe: TextToImageRecipe, text_encoder: Source) -> TextTo
 def _tiny_low() -> Any:
     from wellposed.data.buckets import Buckets, Size
 
-    return Buckets.fixed(Size(32, 32), batch_size=16)
+    return Buckets.fixed(Size(32, 32), batch_size=8)
 
 
 def _tiny_mixed() -> Any:
     from wellposed.data.buckets import Buckets, Size
 
     shapes = {base: tuple(Size(*size) for size in sizes) for base, sizes in TINY_SHAPES.items()}
-    return Buckets(by_base=shapes, batch_sizes={32: 16, 48: 7})  # 256 and 252 tokens
+    return Buckets(by_base=shapes, batch_sizes={32: 8, 48: 4})  # 128 and 144 tokens
 
 
 def _tiny_network(autoencoder: Any, text_encoder: Any) -> Any:
@@ -371,7 +371,6 @@ def _caption_shares(recipe: TextToImageRecipe) -> dict[str, float]:
 def tiny_autoencoder(folder: Path, data: Path, corpus: Any, seed: int, device: str, *, steps: int = 1600) -> Any:
     """Trained on the corpus at 32 x 32 pixels. Few pictures a step, because it is steps that it needs."""
     from wellposed.data.bucketed import BucketedBatches
-    from wellposed.data.buckets import Buckets, Size
     from wellposed.recipes.small_flux_vae import FluxVaeShape, small_flux_vae
 
     training = TrainingSettings(
@@ -386,8 +385,7 @@ def tiny_autoencoder(folder: Path, data: Path, corpus: Any, seed: int, device: s
         checkpoint_every=min(steps, 400),
         log_every=20,
     )
-    buckets = Buckets.fixed(Size(32, 32), batch_size=8)
-    batches = BucketedBatches(dataset=corpus, buckets=buckets, shares=2, seed=seed)
+    batches = BucketedBatches(dataset=corpus, buckets=_tiny_low(), shares=2, seed=seed)
     return small_flux_vae(folder, batches, FluxVaeShape(), training, seed=seed, device=device, shares=2)
 
 
