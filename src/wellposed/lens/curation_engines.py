@@ -43,7 +43,7 @@ def do_all(
     """Do a piece of work for each number, in any order.
 
     Args:
-        work: what to do; for several processes importable functions or records, no lambdas.
+        work: what to do; for several local processes importable functions or records, no lambdas.
         numbers: of the pieces.
         notes: an empty folder that workers write to.
         engine: "local", or "ray" for a cluster that shares the file system.
@@ -62,7 +62,6 @@ def do_all(
         raise ValueError(f"engine is {engine!r} and workers {workers}; write 'local' or 'ray', and at least 1")
     notes.mkdir(parents=True, exist_ok=True)
     if engine == "ray":
-        _check_portable(work)
         _through_ray(work, numbers, notes, workers, ray_options, on_done)
     elif workers == 1:
         for number in numbers:

@@ -150,16 +150,18 @@ def _load(picture: ImageFile.ImageFile, draft: tuple[int, int] | None) -> None:
 
 
 def _misses_rows(content: bytes, picture: ImageFile.ImageFile, draft: tuple[int, int] | None) -> bool:
-    if picture.format in ("JPEG", "MPO") and _last_row_within(picture, JPEG_FILL):
+    """Whether the end of the picture is a decoder's filling; looked into only where it looks like that."""
+    width, height = picture.size
+    if picture.format in ("JPEG", "MPO") and _all_within(picture, (width - 1, height - 1, width, height), JPEG_FILL):
         return _wants_more_data(content, picture, draft)
-    if picture.format == "PNG" and _last_row_within(picture, PNG_FILL):
+    if picture.format == "PNG" and _all_within(picture, (0, height - 1, width, height), PNG_FILL):
         return _png_is_short(content)
     return False
 
 
-def _last_row_within(picture: Image.Image, levels: tuple[int, int]) -> bool:
-    row = np.asarray(picture.crop((0, picture.height - 1, picture.width, picture.height)))
-    return bool((row >= levels[0]).all() and (row <= levels[1]).all())
+def _all_within(picture: Image.Image, box: tuple[int, int, int, int], levels: tuple[int, int]) -> bool:
+    part = np.asarray(picture.crop(box))
+    return bool((part >= levels[0]).all() and (part <= levels[1]).all())
 
 
 def _wants_more_data(content: bytes, picture: ImageFile.ImageFile, draft: tuple[int, int] | None) -> bool:

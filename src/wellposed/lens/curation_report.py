@@ -95,7 +95,7 @@ class CurationReport:
         if self.misnamed:
             yield f"  {self.misnamed} pictures are in another format than their names say"
         if self.captions.captions:
-            mean, middle = self.captions.mean_words, self.captions.percentile(50)
+            mean, middle = self.captions.mean_words, self.captions.percentile(50.0)
             yield f"  words: mean {mean:.1f} (published {PUBLISHED_MEAN_WORDS}), median {middle}"
             yield from (f"    {first:4}-{first + WORDS_IN_A_BIN - 1:<4} {n:9}" for first, n in self._bins())
         if self.captions.prompt_tokens or self.captions.cost:

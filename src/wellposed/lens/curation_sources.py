@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from types import ModuleType, TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO
 
 __all__ = ["Address", "BrokenMetadataError", "DamagedFile", "SampleReader", "list_samples"]
 
@@ -103,7 +103,7 @@ class SampleReader:
         self._rows = _TableRows()
         self._open = ExitStack()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "SampleReader":
         return self
 
     def __exit__(

@@ -146,12 +146,12 @@ class Limits:
         above: for this reason.
     """
 
-    least: float | None = None
+    least: int | float | None = None
     below: str = ""
     most: float | None = None
     above: str = ""
 
-    def judged(self, record: Record, name: str, value: float) -> Record:
+    def judged(self, record: Record, name: str, value: int | float) -> Record:
         """The record with the number among its facts."""
         reason = None
         if self.least is not None and value < self.least:

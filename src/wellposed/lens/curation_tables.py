@@ -178,12 +178,12 @@ class CurationFolder:
 
     def write_table(self, stage: str, unit: int, records: Iterable[Record], seconds: float) -> None:
         """Leave what a stage said of a unit, and how long it took."""
-        write_whole(self.stage(stage) / "seconds" / f"{unit:05d}.json", json.dumps(seconds))
+        _write_seconds(self.table(stage, unit), seconds)
         write_records(self.table(stage, unit), records)
 
     def write_vectors(self, unit: int, content: bytes, seconds: float) -> None:
         """Leave the embeddings of a unit, and how long they took."""
-        write_whole(self.vectors(unit).parent / "seconds" / f"{unit:05d}.json", json.dumps(seconds))
+        _write_seconds(self.vectors(unit), seconds)
         write_whole(self.vectors(unit), content)
 
     def skipped(self) -> dict[str, str]:
@@ -194,7 +194,9 @@ class CurationFolder:
 
     def seconds(self, stage: str) -> float:
         """What a stage took, over all its units."""
-        return sum(float(path.read_text()) for path in sorted(self.stage(stage).rglob("seconds/*.json")))
+        # One that was being written when its process was killed is empty.
+        paths = sorted(self.stage(stage).rglob("seconds/*.txt"))
+        return sum((float(path.read_text() or 0) for path in paths), 0.0)
 
     def note(self, unit: int, key: str) -> None:
         """Say at which sample of a unit this process is."""
@@ -269,6 +271,12 @@ def write_records(path: Path, records: Iterable[Record]) -> None:
     """Write a table, whole or not at all."""
     lines = (json.dumps(record.to_json(), ensure_ascii=False, sort_keys=True) for record in records)
     write_whole(path, "".join(line + "\n" for line in lines))
+
+
+def _write_seconds(path: Path, seconds: float) -> None:
+    beside = path.parent / "seconds" / f"{path.stem}.txt"
+    beside.parent.mkdir(parents=True, exist_ok=True)
+    beside.write_text(f"{seconds:.6f}")
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
