@@ -116,8 +116,8 @@ def measured(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs, prints, writes ``benchmarks/results``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=int, default=120, help="different pictures in the shards")
-    parser.add_argument("--steps", type=int, default=6, help="shares of one bucket in a round")
+    parser.add_argument("--pictures", type=int, default=60, help="different pictures in the shards")
+    parser.add_argument("--steps", type=int, default=4, help="shares of one bucket in a round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args(arguments)

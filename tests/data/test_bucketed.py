@@ -1,4 +1,5 @@
 import importlib.util
+import io
 import logging
 from collections import Counter
 from functools import partial
@@ -7,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from wellposed.batches import TextImageBatch
-from wellposed.data.bucketed import BucketedBatches
+from wellposed.data.bucketed import BucketedBatches, SizedImages
 from wellposed.data.buckets import Buckets, Size
+from wellposed.data.shards import ShardedImages, ShardSample, write_shards
 from wellposed.training import Player, Prefetched, TrainingConfig, TrainingData, train
 
 SPEC = importlib.util.spec_from_file_location("ranks", Path(__file__).parents[1] / "training/conftest.py")
@@ -183,6 +186,27 @@ def test_the_report_counts_an_epoch(caplog):
     assert report.cropped == pytest.approx((2 * 1 / 2 + 3 * 1 / 9) / 18)
     starved = next(indices for size, indices in epoch_of(data) if size == (2, 8))
     assert sorted(starved[:5]) == list(range(13, 18)) and starved[5] == starved[0]
+
+
+def test_shards_of_pictures_are_such_data(tmp_path):
+    sizes = [(9, 8), (8, 20), (30, 24), (3, 3)] * 5
+    samples = []
+    for number, (height, width) in enumerate(sizes):
+        file = io.BytesIO()
+        Image.new("RGB", (width, height), (10 * number, 0, 0)).save(file, "PNG")
+        samples.append(ShardSample(key=f"{number}", picture=file.getvalue(), caption=f"picture {number}"))
+    write_shards(samples, tmp_path, samples_per_shard=7)
+    dataset = ShardedImages.open(tmp_path, crop="random")
+    assert isinstance(dataset, SizedImages)
+    data = planned(dataset)
+    assert data.report().too_small == 5
+    for step in range(data.steps_per_epoch):
+        for part in range(4):
+            batch = data.batch_at(step, part, 4)
+            indices = data.indices_at(step, part)
+            assert batch.images.shape == (len(indices), 3, *data.bucket_at(step, part))
+            assert batch.captions == tuple(f"picture {i}" for i in indices)
+            assert ((batch.images[:, 0] + 1) * 127.5).round().mean((1, 2)).tolist() == (10 * indices).tolist()
 
 
 def test_fingerprint_sees_what_the_order_depends_on():

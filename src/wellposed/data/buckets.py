@@ -39,7 +39,8 @@ class Buckets:
     Attributes:
         by_base: the shapes at each base.
         batch_sizes: images of a share (what one device computes at a time), by base.
-        tolerance: largest enlargement that a picture may need; 0.05 lets pictures in that lack one pixel in twenty.
+        tolerance: largest enlargement that a picture may need; 0.05 lets pictures in that lack one pixel in twenty, if
+            the data set enlarges pictures (``upscale=True``).
 
     Raises:
         ValueError: no shapes, other bases in one table than in the other, numbers out of range, or two shapes of one
