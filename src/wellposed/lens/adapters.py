@@ -16,13 +16,22 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from wellposed.lens.pipeline import LensPipeline
 from wellposed.lens.transformer import LensTransformer2DModel, LensTransformerBlock
 
-__all__ = ["ADAPTER_FILE", "COMFYUI_FILE", "AdapterOnly", "adapted_modules", "add_adapter", "need_peft", "save_adapter"]
+__all__ = [
+    "ADAPTER_FILE",
+    "COMFYUI_FILE",
+    "AdapterOnly",
+    "adapted_modules",
+    "add_adapter",
+    "load_adapter",
+    "need_peft",
+    "save_adapter",
+]
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 COMFYUI_FILE = "comfyui_lora.safetensors"
@@ -151,3 +160,26 @@ def save_adapter(network: LensTransformer2DModel, folder: str | Path) -> None:
     save_file(
         {f"diffusion_model.{name}": tensor for name, tensor in {**state, **scales}.items()}, Path(folder) / COMFYUI_FILE
     )
+
+
+def load_adapter(network: LensTransformer2DModel, folder: str | Path) -> None:
+    """Give a network the adapter that :func:`save_adapter` wrote, in float32 as it was trained.
+
+    diffusers alone would round it to what the network is in.
+
+    Args:
+        network: the one that the adapter was trained beside; changed in place.
+        folder: with the files.
+
+    Raises:
+        ImportError: peft is missing.
+        ValueError: a network that has an adapter, or an adapter of another network.
+        OSError: there is none.
+    """
+    need_peft()
+    network.load_lora_adapter(str(folder), weight_name=ADAPTER_FILE, adapter_name=NAME)
+    stored = load_file(Path(folder) / ADAPTER_FILE)
+    for name, parameter in network.named_parameters():
+        tensor = stored.get(f"transformer.{name.replace(f'.{NAME}.', '.')}")
+        if tensor is not None:
+            parameter.data = tensor.to(parameter.device)

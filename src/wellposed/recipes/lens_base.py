@@ -17,7 +17,7 @@ import torch
 from diffusers import AutoencoderKLFlux2
 from transformers import AutoTokenizer, GptOssConfig, PreTrainedTokenizerFast
 
-from wellposed.lens.adapters import ADAPTER_FILE, need_peft
+from wellposed.lens.adapters import ADAPTER_FILE, load_adapter
 from wellposed.lens.feature_cache import FeatureCache, FeatureKey, hash_checkpoint
 from wellposed.lens.pipeline import LensPipeline
 from wellposed.lens.template import PUBLISHED_TEMPLATE, PromptTemplate
@@ -94,7 +94,8 @@ class LensBase:
     @property
     def text_dtype(self) -> torch.dtype:
         """What the text encoder computes in: as it is stored."""
-        return GptOssConfig.from_pretrained(self.folder / "text_encoder").dtype or torch.bfloat16
+        stored = GptOssConfig.from_pretrained(self.folder / "text_encoder").dtype
+        return stored if isinstance(stored, torch.dtype) else torch.bfloat16
 
     @functools.cached_property
     def weights(self) -> str:
@@ -206,8 +207,10 @@ def load_referring(folder: Path, device: torch.device) -> LensPipeline:
     dtype = getattr(torch, about["dtype"])
     own = folder / "transformer"
     network = LensTransformer2DModel.from_pretrained(own, torch_dtype=dtype) if own.is_dir() else base.network(dtype)
+    if (folder / ADAPTER_FILE).is_file():
+        load_adapter(network, folder)
     encoder = base.text_encoder(str(device))
-    pipe = loaded_pipeline(
+    return loaded_pipeline(
         LensPipeline,
         base.folder,
         transformer=network,
@@ -215,7 +218,3 @@ def load_referring(folder: Path, device: torch.device) -> LensPipeline:
         text_encoder=encoder.model,
         tokenizer=encoder.tokenizer,
     )
-    if (folder / ADAPTER_FILE).is_file():
-        need_peft()
-        pipe.load_lora_weights(folder, weight_name=ADAPTER_FILE)
-    return pipe

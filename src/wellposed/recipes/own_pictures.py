@@ -86,7 +86,9 @@ def own_pictures(source: Path, folder: Path, *, seed: int) -> ShardedImages:
     is_new = not (folder / "report.json").is_file()
     if is_new:
         curate(source, folder, KEEP_ALL)
-    if problems := [_said(rejection.source, rejection.reason, rejection.details) for rejection in audit(folder)]:
+    problems = [f"{damaged['file']} ({damaged['error']})" for damaged in CurationFolder(folder).read_plan()["damaged"]]
+    problems += [_said(rejection.source, rejection.reason, rejection.details) for rejection in audit(folder)]
+    if problems:
         shutil.rmtree(folder)  # it has a list of the files, which are about to change
         raise ValueError(
             f"{len(problems)} files in {source} cannot be trained on: {_some(problems)}. Write what a picture shows "

@@ -79,7 +79,7 @@ def draw_prompts(
         some = list(prompts[start : start + sampling.batch_size])
         seeds = [derived_seed(seed, "picture", start + place) for place in range(len(some))]
         drawn = pipe(
-            **({"prompt": some} if text is None else _features(text(some))),
+            **_described(some, text),
             height=height,
             width=width,
             num_inference_steps=num_inference_steps or sampling.num_inference_steps,
@@ -91,5 +91,8 @@ def draw_prompts(
         yield drawn[0].float()
 
 
-def _features(found: TextFeatures) -> dict[str, Tensor]:
+def _described(prompts: list[str], text: Callable[[Sequence[str]], TextFeatures] | None) -> dict[str, Any]:
+    if text is None:
+        return {"prompt": prompts}
+    found = text(prompts)
     return {"prompt_embeds": found.hidden_states, "prompt_embeds_mask": found.mask}
