@@ -40,21 +40,22 @@ def _drawing(captions: Mapping[str, Any], folder: Path, settings: DemoSettings) 
         "and its caption says so in 25 to 40 words. The prompts below describe combinations that no training picture "
         "has."
     )
-    columns = ("meant", *(f"w{scale:g}" for scale in SHOWN_SCALES))
+    rows = {"meant": "meant", **{f"w{scale:g}": f"w = {scale:g}" for scale in SHOWN_SCALES}}
+    numbers = range(len(captions["prompts"]))
     grid = Grid(
         cells=tuple(
-            tuple(read_png(folder / "captions" / f"{name}_{number}.png") for name in columns)
-            for number in range(len(captions["prompts"]))
+            tuple(read_png(folder / "captions" / f"{name}_{number}.png") for number in numbers) for name in rows
         ),
-        row_labels=tuple(captions["prompts"]),
-        column_labels=("meant", *(f"w = {scale:g}" for scale in SHOWN_SCALES)),
-        caption="The first prompts, none picked; w is the guidance scale.",
+        row_labels=tuple(rows.values()),
+        column_labels=tuple(str(number + 1) for number in numbers),
+        caption="The prompts below, in order, none picked; w is the guidance scale.",
     )
+    prompts = "\n".join(f"- {number + 1}: {captions['prompts'][number]}" for number in numbers)
     return Section(
         id="prompts",
         title="Drawing what is said",
         short="Prompts",
-        items=(words, grid, _following(captions), Callout(text=_verdict(captions, settings), kind="caveat")),
+        items=(words, grid, prompts, _following(captions), Callout(text=_verdict(captions, settings), kind="caveat")),
     )
 
 
