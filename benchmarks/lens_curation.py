@@ -3,8 +3,8 @@
 Measured on one core, in its own time, which other processes do not disturb:
 
 * every filter that needs no network, on JPEG pictures of about a megapixel, beside decoding them whole and doing
-  nothing else: the filters together take no longer than that, because what they measure they measure on pictures that
-  JPEG's decoder reduced;
+  nothing else. What is measured is measured on pictures that JPEG's decoder has reduced, so that all filters together
+  cost about as much as that;
 * our embedding, writing shards, and the search for near duplicates, all with all, by blocks and by faiss if it is here.
 
 Without a folder the pictures are crops of scikit-image's photographs (extra ``demo``), enlarged and lightly noisy.

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.context import BaseContext
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from types import FrameType
@@ -115,7 +116,7 @@ def _until_broken(
 ) -> list[int]:
     """Work through what waits; returns what was handed out and not done when a worker was killed."""
     running: dict[Future[None], int] = {}
-    context = multiprocessing.get_context("spawn")  # forking a process with threads, which torch has, may hang
+    context = _context()
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_set_up, initargs=(work, notes)) as pool:
         try:
             while waiting or running:
@@ -135,6 +136,17 @@ def _until_broken(
             pool.shutdown(wait=True, cancel_futures=True)
             raise
     return []
+
+
+def _context() -> BaseContext:
+    """How workers start: not forked from this process, whose threads might hold locks. Where possible from one that has
+    nothing but the imports, so that they are made once and not in every worker.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["wellposed.lens.curation_stages"])
+    return context
 
 
 def _alone(work: Work, number: int, notes: Path, on_cause: Callable[[str], None]) -> None:

@@ -92,8 +92,8 @@ def reduced(picture: Image.Image, area: int) -> Image.Image:
     if scale >= 1:
         return picture
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-    # By a whole number first, by means of pixels, which takes a fraction of the filter's time.
-    return picture.resize(size, Image.Resampling.LANCZOS, reducing_gap=1.0)
+    # A narrow filter, after means of whole blocks of pixels: half the time of decoding, where Lanczos takes all of it.
+    return picture.resize(size, Image.Resampling.HAMMING, reducing_gap=1.0)
 
 
 def clarity(grey: UInt8[np.ndarray, "height width"]) -> float:
