@@ -156,7 +156,7 @@ def test_outcomes(subject: Subject) -> None:
         images = subject.draw(1, STEPS, 3)
     assert error == 0
     squares = (images - subject.draw(1, STEPS, 3)).double().square().mean((1, 2, 3))
-    assert at["paper"].psnr[1] == pytest.approx(float((-10 * squares.log10()).mean()), abs=1e-6)
+    assert at["paper"].psnr[1] == pytest.approx(float((-10 * squares.log10()).mean()), abs=1e-4)
 
 
 def test_destinations_follow_the_seed(subject: Subject) -> None:
