@@ -6,6 +6,7 @@ import io
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import tarfile
 import time
@@ -481,6 +482,29 @@ def test_other_settings_are_refused_or_redone_from_the_stage_they_concern(small,
     assert shard_bytes(tmp_path) == shard_bytes(tmp_path / "straight")
     with pytest.raises(ValueError, match=r"from nsfw \(.*skipped 'no scorer given', now None"):
         curate(raw, tmp_path, SMALL, tools=replace(tools, nsfw=brightness))
+
+
+def test_killed_while_it_removes_stages_it_removes_the_rest(small, tmp_path, monkeypatch):
+    raw, _ = small
+    curate(raw, tmp_path / "out", SMALL)
+    stricter = replace(SMALL, min_clarity=400.0)
+    real, left = shutil.rmtree, 2
+
+    def dying(path):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        real(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", dying)
+        with pytest.raises(KeyboardInterrupt):
+            curate(raw, tmp_path / "out", stricter, redo=True)
+    curate(raw, tmp_path / "out", stricter, redo=True)
+    curate(raw, tmp_path / "straight", stricter)
+    assert shard_bytes(tmp_path / "out") == shard_bytes(tmp_path / "straight")
+    assert tables(tmp_path / "out") == tables(tmp_path / "straight")
 
 
 def test_near_duplicates_stay_if_told(small, tmp_path):

@@ -187,22 +187,30 @@ def _settings(config: CurationConfig, tools: CurationTools, captioning: CaptionW
 
 def _claim_stages(folder: CurationFolder, settings: Mapping[str, Mapping[str, Any]], redo: bool) -> None:
     """Write down what each stage is made with; refuse, or remove, stages that were made with something else."""
-    differs = ""
+    wanted = {name: json.loads(json.dumps(settings[name])) for name in STAGES}
+    differing = next((name for name in STAGES if _is_made_otherwise(folder, name, wanted[name])), None)
+    if differing is not None:
+        stale = STAGES[STAGES.index(differing) :]
+        if not redo and any(list(folder.stage(name).glob("*.jsonl")) for name in stale):
+            held = folder.settings(differing) or {}
+            changed = sorted(key for key in held | wanted[differing] if held.get(key) != wanted[differing].get(key))
+            told = ", ".join(f"{key} {held.get(key)!r}, now {wanted[differing].get(key)!r}" for key in changed)
+            raise ValueError(
+                f"{folder.root} holds stages made with other settings, from {differing} ({told}) on; pass redo=True to "
+                "make these anew, or choose another folder"
+            )
+        # The last first: a run that is killed here still finds that the first of them differs.
+        for name in reversed(stale):
+            if folder.stage(name).is_dir():
+                shutil.rmtree(folder.stage(name))
     for name in STAGES:
-        path, wanted = folder.stage(name) / "stage.json", dict(settings[name])
-        held = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-        if held != wanted and held is not None and not differs:
-            changed = sorted(key for key in held.keys() | wanted.keys() if held.get(key) != wanted.get(key))
-            differs = f"{name} ({', '.join(f'{key} {held.get(key)!r}, now {wanted.get(key)!r}' for key in changed)})"
-        if differs and folder.stage(name).is_dir():
-            if not redo and any(folder.stage(name).glob("*.jsonl")):
-                raise ValueError(
-                    f"{folder.root} holds stages made with other settings, from {differs} on; pass redo=True to make "
-                    "these anew, or choose another folder"
-                )
-            shutil.rmtree(folder.stage(name))
-        if not path.is_file():
-            write_whole(path, json.dumps(wanted, indent=2, ensure_ascii=False) + "\n")
+        if folder.settings(name) is None:
+            write_whole(folder.stage(name) / "stage.json", json.dumps(wanted[name], indent=2) + "\n")
+
+
+def _is_made_otherwise(folder: CurationFolder, stage: str, wanted: Mapping[str, Any]) -> bool:
+    held = folder.settings(stage)
+    return held != wanted if held is not None else any(folder.stage(stage).glob("*.jsonl"))
 
 
 def _drop_duplicates(folder: CurationFolder, units: Sequence[int], config: CurationConfig) -> None:
@@ -361,6 +369,6 @@ def _sweep(folder: CurationFolder) -> None:
     """Remove what a killed run was writing."""
     if folder.notes.is_dir():
         shutil.rmtree(folder.notes)
-    for depth in ("*", "*/*"):
-        for path in folder.root.glob(f"{depth}/.*"):
+    for pattern in (".*.*", "*/.*.*", "*/*/.*.*"):
+        for path in folder.root.glob(pattern):
             path.unlink()

@@ -186,10 +186,14 @@ class CurationFolder:
         _write_seconds(self.vectors(unit), seconds)
         write_whole(self.vectors(unit), content)
 
+    def settings(self, stage: str) -> dict[str, Any] | None:
+        """What a stage is made with; None if that is not written down."""
+        path = self.stage(stage) / "stage.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
     def skipped(self) -> dict[str, str]:
         """Stages that are left out, and why."""
-        paths = {name: self.stage(name) / "stage.json" for name in STAGES}
-        held = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.is_file()}
+        held = {name: self.settings(name) or {} for name in STAGES}
         return {name: settings["skipped"] for name, settings in held.items() if "skipped" in settings}
 
     def seconds(self, stage: str) -> float:
