@@ -346,7 +346,7 @@ def tiny_corpus(
         # The filters' defaults are for photographs: these pictures are small, flat and alike on purpose.
         config = CurationConfig(
             min_area=32 * 32,
-            min_clarity=1.0,
+            min_clarity=0.0,
             min_information=0.1,
             min_exposure=0.01,
             max_exposure=1.0,
