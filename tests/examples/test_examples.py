@@ -77,3 +77,12 @@ def test_lens_generate_paints_and_keeps(tmp_path: Path, capsys: pytest.CaptureFi
     features = pipe.encode_then_free(script.PROMPT)
     assert script.generate(pipe, features, tmp_path / "out", size=32) == 0.0
     assert "hole.png, image.png, text.png" in capsys.readouterr().out
+
+
+def test_lens_finetune_trains_all_weights_and_an_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("peft")
+    found = example("lens_finetune").show(tmp_path, steps=2)
+    assert {name: len(distances) for name, distances in found.items()} == {"sea": 2, "wall": 2}
+    assert (tmp_path / "adapter" / "pipeline" / "pytorch_lora_weights.safetensors").is_file()
+    printed = capsys.readouterr().out
+    assert "lens_full: loss" in printed and "lens_lora: loss" in printed and "wall: " in printed
