@@ -7,6 +7,7 @@ from pathlib import Path
 from wellposed.recipes.decq import decq_imagenet256, decq_tiny
 from wellposed.recipes.dito import dito_photographs, dito_tiny
 from wellposed.recipes.lens import lens_paper, lens_tiny, lens_toy
+from wellposed.recipes.lens_finetune import lens_full, lens_lora
 from wellposed.recipes.lgs import lgs_celeba64, lgs_cifar10, lgs_cifar10_cosine, lgs_imagenet64, lgs_tiny
 from wellposed.recipes.recipe import Recipe
 from wellposed.recipes.run_folder import open_run
@@ -21,7 +22,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
         *(udm_tiny, udm_lm1b, udm_owt, udm_sudoku_tiny, udm_sudoku),
         *(decq_tiny, decq_imagenet256),
         *(dito_tiny, dito_photographs),
-        *(lens_tiny, lens_toy, lens_paper),
+        *(lens_tiny, lens_toy, lens_paper, lens_lora, lens_full),
     )
 }
 
