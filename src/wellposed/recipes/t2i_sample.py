@@ -47,18 +47,19 @@ def sample_t2i(
     Args:
         recipe: the run's.
         run: its folder.
-        count: how many, None for the number of the recipe's prompts, or 8 of one prompt.
+        count: how many, None for one of each of the run's prompts, or 8 of ``prompt``.
         steps: T, None for the recipe's.
         seed: image i is a function of (prompt, seed, i).
         device: "auto", "cpu", "cuda", ...
         on_progress: called along the way.
-        prompt: what to draw; None for the recipe's own prompts in turn.
+        prompt: what to draw; None for the run's prompts in turn, those that checkpoints leave pictures of.
 
     Raises:
         ValueError: no such run, count < 1, or no prompt where the recipe has none.
     """
     folder = open_run(run)
-    known = recipe.shown if prompt is None else (prompt,)
+    captions = folder.settings().get("shown_captions", ())
+    known = (*recipe.shown, *captions) if prompt is None else (prompt,)
     if not known:
         raise ValueError(f"{recipe.name} has no prompts of its own; say what to draw: --prompt TEXT")
     count = (len(known) if prompt is None else DEFAULT_COUNT) if count is None else count

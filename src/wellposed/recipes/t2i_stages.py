@@ -30,7 +30,7 @@ from wellposed.recipes.t2i_weights import AdapterBeside, WholeNetwork
 from wellposed.training import Callback, Prefetched, Run, export_pretrained, replaced_folder, train
 from wellposed.training.distributed import Workers, worker_group
 
-__all__ = ["Parts", "first_on_main", "pretraining_stage", "text_features"]
+__all__ = ["Parts", "first_on_main", "pretraining_stage", "shown_captions", "text_features"]
 
 NETWORK = "network"
 FINISHED = "model"
@@ -130,7 +130,7 @@ def pretraining_stage(
         time_std=stage.time_std,
         grids=[(size.height // side, size.width // side) for _, size in buckets.shapes],
     )
-    shown = _shown(recipe, parts.corpus)
+    shown = (*recipe.shown, *shown_captions(recipe, parts.corpus))
     with worker_group(options.device) as workers:
         if workers.is_main:
             _note_buckets(planned.report(), folder)
@@ -195,9 +195,10 @@ def _network(recipe: TextToImageRecipe, stage: PretrainingStage, parts: Parts) -
     return parts.text_encoder.base.network(torch.bfloat16 if rounded else torch.float32)
 
 
-def _shown(recipe: TextToImageRecipe, corpus: Any) -> tuple[str, ...]:
+def shown_captions(recipe: TextToImageRecipe, corpus: Any) -> tuple[str, ...]:
+    """Captions of the corpus that are drawn at every checkpoint: the first ones."""
     count = min(recipe.shown_captions, len(corpus))
-    return (*recipe.shown, *(corpus.captions(range(count), epoch=0) if count else ()))
+    return tuple(corpus.captions(range(count), epoch=0)) if count else ()
 
 
 def _captions(planned: BucketedBatches, steps: int) -> list[str]:

@@ -22,7 +22,7 @@ from wellposed.recipes.recipe import TrainedRun
 from wellposed.recipes.run_folder import is_main_process, resolved_settings, start_run, write_json
 from wellposed.recipes.stages import StageOptions
 from wellposed.recipes.t2i_recipe import TextToImageRecipe
-from wellposed.recipes.t2i_stages import Parts, first_on_main, pretraining_stage
+from wellposed.recipes.t2i_stages import Parts, first_on_main, pretraining_stage, shown_captions
 from wellposed.training.distributed import worker_group
 
 __all__ = ["train_t2i"]
@@ -67,6 +67,9 @@ def train_t2i(
         write_json(run.path / "stages.json", [*(stage.name for stage in recipe.stages[:-1]), "."])
     with worker_group(device):  # one group for all stages
         corpus = first_on_main(recipe.corpus, run.path / "corpus", recipe.folder, recipe, options)
+        settings["shown_captions"] = shown_captions(recipe, corpus)
+        if is_main_process():
+            write_json(run.settings_file, settings)  # whoever samples before the end finds them
         autoencoder = recipe.autoencoder.get(run.path / "autoencoder", recipe.folder, corpus, seed, device)
         text_encoder = first_on_main(recipe.text_encoder, run.path / "text_encoder", recipe.folder, corpus, options)
         parts = Parts(corpus=corpus, autoencoder=autoencoder, text_encoder=text_encoder)
