@@ -21,6 +21,7 @@ from wellposed.lens.adapters import (
 )
 from wellposed.lens.pipeline import LensPipeline
 from wellposed.lens.transformer import LensTransformer2DModel
+from wellposed.training.run import _is_compiled
 
 pytest.importorskip("peft")
 
@@ -145,6 +146,18 @@ def test_the_adapter_alone_is_a_module(build_lens: Build, lens_inputs: Inputs) -
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     assert all(one is other for one, other in zip(alone.parameters(), trained, strict=True))
     assert alone.network is network
+
+
+def test_compiling_it_compiles_the_network(build_lens: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    network, chosen = build_lens(), []
+    monkeypatch.setattr(network, "compile_repeated_blocks", lambda **options: chosen.append(options), raising=False)
+    add_adapter(network, rank=2)
+    alone = AdapterOnly(network)
+    names = list(alone.state_dict())
+    alone.compile_repeated_blocks(fullgraph=True)
+    assert chosen == [{"fullgraph": True}]
+    assert list(alone.state_dict()) == names
+    assert _is_compiled(alone), "the loop counts no operations while it is traced"
 
 
 def test_bad_input(build_lens: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

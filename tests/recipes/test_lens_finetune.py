@@ -339,6 +339,8 @@ def test_bad_input(pictures: Path, base: Path, tmp_path: Path, monkeypatch: pyte
     large = replace(small(lens_full(), pictures, base), stages=lens_full().stages)
     with pytest.raises(ValueError, match="none of 2 pictures is large enough"):
         large.train(tmp_path / "too_small", device="cpu", progress=False)
+    with pytest.raises(ValueError, match="sharding is 'fsdp2', and stage 'adapter' trains an adapter"):
+        adapter_recipe(pictures, base, sharding="fsdp2").train(tmp_path / "sharded", device="cpu", progress=False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install 'wellposed\[finetune\]'"):
         adapter_recipe(pictures, base).train(tmp_path / "no_peft", device="cpu")

@@ -13,7 +13,7 @@ does, neither of which splits or renames a matrix.
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -114,6 +114,8 @@ class AdapterOnly(nn.Module):
         network: with an adapter.
     """
 
+    _repeated_blocks: ClassVar[list[str]] = ["LensTransformerBlock"]
+
     def __init__(self, network: LensTransformer2DModel) -> None:
         super().__init__()
         self._held = (network,)  # in a tuple, where torch does not look for parts
@@ -129,6 +131,11 @@ class AdapterOnly(nn.Module):
     def forward(self, *arguments: Any, **named: Any) -> Any:
         """A call of the network."""
         return self.network(*arguments, **named)
+
+    def compile_repeated_blocks(self, **options: Any) -> None:
+        """Compile the network's blocks, as in diffusers."""
+        self.network.compile_repeated_blocks(**options)
+        self._orig_mod = self._held  # torch's own mark of a module that calls a compiled one
 
 
 def save_adapter(network: LensTransformer2DModel, folder: str | Path) -> None:
@@ -173,7 +180,7 @@ def load_adapter(network: LensTransformer2DModel, folder: str | Path) -> None:
 
     Raises:
         ImportError: peft is missing.
-        ValueError: a network that has an adapter, or an adapter of another network.
+        ValueError: a network that has an adapter.
         OSError: there is none.
     """
     need_peft()

@@ -136,9 +136,9 @@ class BaseTextEncoder:
             ValueError: a part of the pipeline is missing.
         """
         base = LensBase(pipeline, memo=folder / HASHES)
-        tokenizer = AutoTokenizer.from_pretrained(pipeline / "tokenizer")
+        # Hashed here, before anything is trained, and by the main rank before the others.
         logger.info("%s has the weights %s", pipeline, base.weights)
-        return cls(base=base, device=device, tokenizer=tokenizer)
+        return cls(base=base, device=device, tokenizer=AutoTokenizer.from_pretrained(pipeline / "tokenizer"))
 
     def load(self) -> LensTextEncoder:
         """The encoder; it is in memory for as long as the caller keeps it."""
@@ -163,8 +163,9 @@ class BaseTextEncoder:
             cache.fetch(different[start : start + CAPTIONS_AT_A_TIME], load)
         load.cache_clear()
         gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        for backend in (torch.cuda, torch.xpu, torch.mps):
+            if backend.is_available():
+                backend.empty_cache()
 
 
 def write_reference(folder: Path, base: LensBase, dtype: torch.dtype) -> None:

@@ -182,6 +182,11 @@ def _weights(
         network.enable_gradient_checkpointing()
     if stage.adapter is None:
         return WholeNetwork(network)
+    if stage.training.sharding != "ddp":
+        raise ValueError(
+            f"sharding is {stage.training.sharding!r}, and stage {stage.name!r} trains an adapter, which every rank "
+            "has room for; write 'ddp'"
+        )
     return AdapterBeside(network, stage.adapter, seed=seed, device=device)
 
 
