@@ -199,6 +199,7 @@ def test_shards_of_pictures_are_such_data(tmp_path):
     dataset = ShardedImages.open(tmp_path, crop="random")
     assert isinstance(dataset, SizedImages)
     data = planned(dataset)
+    assert data.captioning_cost == {}
     assert data.report().too_small == 5
     for step in range(data.steps_per_epoch):
         for part in range(4):

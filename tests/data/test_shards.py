@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from wellposed.data.buckets import Size, cover_and_crop
-from wellposed.data.shards import ShardedImages, ShardSample, index_shards, write_shards
+from wellposed.data.shards import CAPTIONING_FILE, ShardedImages, ShardSample, index_shards, write_shards
 
 
 def painted(number, width=48, height=40):
@@ -308,6 +308,16 @@ def test_words_are_counted(tmp_path):
     assert dataset.words().tolist() == list(range(1, 26))
     assert dataset.word_histogram() == {0: 9, 10: 10, 20: 6}
     assert dataset.word_histogram(20) == {0: 19, 20: 6}
+
+
+def test_what_captions_cost_is_read_where_it_is_known(tmp_path):
+    written(tmp_path)
+    assert ShardedImages.open(tmp_path).captioning_cost == {}
+    (tmp_path / CAPTIONING_FILE).write_text('{"usd": 12.5}')
+    assert ShardedImages.open(tmp_path).captioning_cost == {"usd": 12.5}
+    (tmp_path / CAPTIONING_FILE).write_text('{"usd": "much"}')
+    with pytest.raises(ValueError, match="what the captions cost"):
+        ShardedImages.open(tmp_path)
 
 
 def test_fingerprint_sees_what_a_batch_depends_on(tmp_path):

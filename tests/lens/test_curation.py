@@ -335,6 +335,8 @@ def test_a_captioner_is_asked_once_for_what_is_kept(small, tmp_path):
     assert len(captioner.asked) == len(set(captioner.asked)) == report.kept == 10
     assert report.captions.cost == 5 and report.captions.prompt_tokens == 70
     assert "cost 5" in str(report)
+    cost = ShardedImages.open(tmp_path / "shards").captioning_cost
+    assert (cost["cost"], cost["prompt_tokens"]) == (5, 70) and cost["hours"] > 0
     curate(raw, tmp_path, SMALL, tools=CurationTools(captioner=captioner))
     assert len(captioner.asked) == 10
     assert samples_of(tmp_path)["3.png"]["txt"].decode() == "a picture of drawing 3\u2028of shapes"

@@ -250,8 +250,7 @@ def test_ray_does_the_same(tmp_path, raw):
     assert shard_bytes(tmp_path / "out") == shard_bytes(tmp_path / "alone")
 
 
-def test_without_ray_its_extra_is_named(tmp_path):
-    if importlib.util.find_spec("ray"):
-        pytest.skip("ray is here")
+def test_without_ray_its_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ImportError, match=r"wellposed\[scale\]"):
         do_all(print, [1], notes=tmp_path / "notes", engine="ray")

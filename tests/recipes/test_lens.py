@@ -287,6 +287,7 @@ def test_counts_of_a_step(tmp_path: Path) -> None:
             totals["text_tokens"] += int(features.mask.sum())
             totals["flops"] += 3 * counter.get_total_flops()
     assert counted.counts_at(3) == pytest.approx(totals, rel=1e-9)
+    assert counted.captioning_cost == {}
     assert counted.fingerprint() == planned.fingerprint()
 
 

@@ -280,7 +280,7 @@ def test_what_it_refuses(run: Path, tmp_path: Path) -> None:
         recipe.sample(run, count=0)
     with pytest.raises(ValueError, match="count is 0"):
         recipe.evaluate(run, count=0)
-    with pytest.raises(ValueError, match="budget is 0"):
+    with pytest.raises(ValueError, match="steps is 0"):
         recipe.sample(run, steps=0, device="cpu")
     with pytest.raises(ValueError, match="already holds a run; add --resume"):
         recipe.train(run, device="cpu")

@@ -13,7 +13,7 @@ up or down, whatever the epoch. So the number of steps in an epoch is the same f
 import hashlib
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Literal, NamedTuple, Protocol, get_args, runtime_checkable
@@ -115,6 +115,11 @@ class BucketedBatches:
     def steps_per_epoch(self) -> int:
         """Steps in which every picture that is large enough comes up at least once."""
         return -(-int(self._most_shares.sum()) // self.shares)
+
+    @property
+    def captioning_cost(self) -> Mapping[str, float]:
+        """What the captions cost, by unit, where the pictures say so."""
+        return getattr(self.dataset, "captioning_cost", {})
 
     def shares_at(self, step: int, parts: int) -> tuple[range, ...]:
         """Which of the step's images are in each share, one share after the other.

@@ -55,12 +55,15 @@ from wellposed.data.shard_index import (
     scan_shard,
 )
 
-__all__ = ["CaptionStyle", "ShardSample", "ShardedImages", "index_shards", "write_shards"]
+__all__ = ["CAPTIONING_FILE", "CaptionStyle", "ShardSample", "ShardedImages", "index_shards", "write_shards"]
 
 logger = logging.getLogger(__name__)
 
 CaptionStyle = str | Mapping[str, float] | None
 """Which caption of a picture is meant: None for the one in ``.txt``, a name of ``captions``, or shares of several."""
+
+CAPTIONING_FILE = "captioning.json"
+"""Beside the shards, where it is known: what their captions cost, a JSON object from units to amounts."""
 
 KEY = re.compile(r"[\w-]+(/[\w-]+)*", re.ASCII)
 LONGEST_KEY = 95  # a tar header has 100 bytes for a name
@@ -288,6 +291,7 @@ class ShardedImages:
         upscale: whether a batch may be larger than its pictures.
         seed: seed of crops and styles. Those of image i in epoch e depend on (``seed``, i, e) alone.
         skipped: samples that were left out and why.
+        captioning_cost: what the captions cost, by unit; empty if the folder does not say.
     """
 
     shards: tuple[Path, ...]
@@ -300,6 +304,7 @@ class ShardedImages:
     upscale: bool
     seed: int
     skipped: tuple[str, ...]
+    captioning_cost: Mapping[str, float]
 
     @classmethod
     def open(
@@ -329,8 +334,8 @@ class ShardedImages:
 
         Raises:
             FileNotFoundError: no shards, or one without index.
-            ValueError: a sample that cannot be trained on, an index of another file, shares that do not add up to 1, or
-                nothing left.
+            ValueError: a sample that cannot be trained on, an index of another file, shares that do not add up to 1,
+                nothing left, or a damaged ``captioning.json``.
         """
         if crop not in ("centre", "random") or on_bad not in ("raise", "skip"):
             raise ValueError(f"crop is {crop!r} and on_bad {on_bad!r}; write 'centre' or 'random', 'raise' or 'skip'")
@@ -359,6 +364,7 @@ class ShardedImages:
             upscale=upscale,
             seed=seed,
             skipped=skipped,
+            captioning_cost=_captioning_cost(Path(folder) / CAPTIONING_FILE),
         )
 
     def __len__(self) -> int:
@@ -569,6 +575,14 @@ def _open_shard(path: Path, styles: Sequence[str]) -> _OpenShard:
 def _without_style(words: Sequence[int], styles: Sequence[str], held: Sequence[str]) -> str:
     absent = next(style for style, count in zip(styles, words, strict=True) if not count)
     return f"it has no caption in the style {absent!r}; the shard has {', '.join(map(repr, held)) or 'none but .txt'}"
+
+
+def _captioning_cost(path: Path) -> dict[str, float]:
+    try:
+        amounts = json_object(path.read_bytes()) if path.is_file() else {}
+        return {unit: float(amount) for unit, amount in amounts.items()}
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} does not say what the captions cost ({error}); mend or remove it") from error
 
 
 def _style_shares(caption_style: CaptionStyle) -> dict[str, float]:

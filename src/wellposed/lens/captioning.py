@@ -238,6 +238,20 @@ class CaptionStatistics:
         """By the clock on the wall; None if no time has passed."""
         return self.captions / self.elapsed_seconds if self.elapsed_seconds else None
 
+    @property
+    def spent(self) -> dict[str, float]:
+        """What models used for these captions: "cost", "hours" by the clock, "prompt_tokens" and "completion_tokens";
+        empty if no model was asked.
+        """
+        if not (self.cost or self.prompt_tokens or self.completion_tokens):
+            return {}
+        return {
+            "cost": self.cost,
+            "hours": self.elapsed_seconds / 3600,
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+        }
+
     def percentile(self, percent: float) -> int | None:
         """The least number of words that at least ``percent`` of all captions do not exceed; None without captions.
 

@@ -27,7 +27,7 @@ import numpy as np
 from jaxtyping import Float32
 from safetensors.numpy import load_file
 
-from wellposed.data.shards import ShardSample, write_shards
+from wellposed.data.shards import CAPTIONING_FILE, ShardSample, write_shards
 from wellposed.lens.curation_captions import CaptionWork, forget_failures
 from wellposed.lens.curation_config import CurationConfig
 from wellposed.lens.curation_engines import Engine, Work, do_all
@@ -135,6 +135,7 @@ def curate(
     run("shards", sharding, missing, sharding.count, processes=workers)
     report = report_of(folder.root)
     report.save(folder.root / "report.json")
+    _tell_cost(folder, report.captions.spent)
     return report
 
 
@@ -345,6 +346,13 @@ class _ShardWork:
                 "about": {name: value for name, value in about.items() if name not in ("caption", "captions")},
             },
         )
+
+
+def _tell_cost(folder: CurationFolder, spent: Mapping[str, float]) -> None:
+    """Write beside the shards what their captions cost, for whoever trains on them."""
+    path, text = folder.shards / CAPTIONING_FILE, json.dumps(spent, indent=2) + "\n"
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        write_whole(path, text)
 
 
 def _is_text(value: Any) -> bool:

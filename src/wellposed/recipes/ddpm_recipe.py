@@ -3,20 +3,9 @@
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from wellposed.recipes.recipe import (
-    OnProgress,
-    Recipe,
-    RequiredFile,
-    ScoreTable,
-    TrainedRun,
-    TrainingSettings,
-    no_progress,
-)
-
-if TYPE_CHECKING:
-    from wellposed.recipes.ddpm_sample import SampledImages
+from wellposed.recipes.recipe import Actions, Recipe, RequiredFile, TrainingSettings
 
 __all__ = ["DDPMRecipe", "FIDEvaluation", "FeatureEvaluation", "ImageSamplingSettings", "PublishedWeights"]
 
@@ -136,64 +125,15 @@ class DDPMRecipe(Recipe):
             evaluation |= {"metric": "FID", "reference": self.evaluation.reference.path}
         return {"training": asdict(self.training), "sampling": asdict(self.sampling), "evaluation": evaluation}
 
-    def train(
-        self,
-        out: str | Path,
-        *,
-        steps: int | None = None,
-        seed: int = 0,
-        device: str = "auto",
-        resume: bool = False,
-        progress: bool = True,
-    ) -> TrainedRun:
-        """See :func:`wellposed.recipes.ddpm_train.train_ddpm`."""
+    @property
+    def actions(self) -> Actions:
+        """Images by ancestral sampling, scored by their distance from real ones."""
+        from wellposed.recipes.ddpm_evaluate import score_images, score_table
+        from wellposed.recipes.ddpm_sample import sample_images
         from wellposed.recipes.ddpm_train import train_ddpm
 
-        return train_ddpm(self, out, steps=steps, seed=seed, device=device, resume=resume, progress=progress)
-
-    def sample(
-        self,
-        run: str | Path,
-        *,
-        count: int | None = None,
-        steps: int | None = None,
-        seed: int = 0,
-        device: str = "auto",
-        on_progress: OnProgress = no_progress,
-        **options: Any,
-    ) -> "SampledImages":
-        """See :func:`wellposed.recipes.ddpm_sample.sample_images`."""
-        from wellposed.recipes.ddpm_sample import sample_images
-
-        return sample_images(
-            self, run, count=count, steps=steps, seed=seed, device=device, on_progress=on_progress, **options
-        )
-
-    def evaluate(
-        self,
-        run: str | Path,
-        *,
-        count: int | None = None,
-        steps: int | None = None,
-        seed: int = 0,
-        device: str = "auto",
-        resume: bool = False,
-        on_progress: OnProgress = no_progress,
-        **options: Any,
-    ) -> ScoreTable:
-        """See :func:`wellposed.recipes.ddpm_evaluate.score_images`."""
-        from wellposed.recipes.ddpm_evaluate import score_images, score_table
-
-        return score_table(
-            score_images(
-                self,
-                run,
-                count=count,
-                steps=steps,
-                seed=seed,
-                device=device,
-                resume=resume,
-                on_progress=on_progress,
-                **options,
-            )
+        return Actions(
+            train=train_ddpm,
+            sample=sample_images,
+            evaluate=lambda recipe, run, **chosen: score_table(score_images(recipe, run, **chosen)),
         )

@@ -54,11 +54,9 @@ def sample_images(
         on_progress: called along the way.
 
     Raises:
-        ValueError: no such run, count < 1, or settings out of range.
+        ValueError: no such run, or settings out of range.
     """
     count = DEFAULT_COUNT if count is None else count
-    if count < 1:
-        raise ValueError(f"count is {count}; give at least 1")
     folder = open_run(run)
     settings = recipe.sampling
     steps = settings.num_inference_steps if steps is None else steps

@@ -47,11 +47,9 @@ def train_ddpm(
 
     Raises:
         FileNotFoundError: files that the recipe needs are missing.
-        ValueError: a folder in use, a checkpoint that does not fit, steps < 1.
+        ValueError: a folder in use, a checkpoint that does not fit.
         TrainingInterrupted: after Ctrl-C or SIGTERM; ``resume`` goes on from there.
     """
-    if steps is not None and steps < 1:
-        raise ValueError(f"steps is {steps}; give at least 1")
     resolved_device(device)
     if recipe.published is not None and steps is None:
         # Before the folder is made: a missing file should leave nothing behind.

@@ -2,21 +2,21 @@
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from wellposed.recipes.device import resolved_device
 from wellposed.recipes.flow_draw import FlowSampler, draw_images, load_flow
+from wellposed.recipes.flow_observe import observe_flow
 from wellposed.recipes.flow_recipe import FlowRecipe
+from wellposed.recipes.kept_images import announced
 from wellposed.recipes.real_images import RealImages, card_line, real_images
 from wellposed.recipes.recipe import OnProgress, ScoreTable, no_progress
 from wellposed.recipes.run_folder import RunFolder, open_run, write_json
 
-__all__ = ["FlowScore", "score_flow", "score_table"]
+__all__ = ["FlowScore", "score_and_observe_flow", "score_flow", "score_table"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +40,26 @@ class FlowScore:
     floor: float | None
     seconds: float
     card: Mapping[str, Any]
+
+
+def score_and_observe_flow(
+    recipe: FlowRecipe,
+    run: str | Path,
+    *,
+    steps: int | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    resume: bool = False,
+    **chosen: Any,
+) -> ScoreTable:
+    """See :func:`score_flow`; also keeps what token reduction can build on (:func:`observe_flow`). Arguments as of
+    ``Recipe.evaluate``.
+    """
+    scores = score_flow(recipe, run, steps=steps, seed=seed, device=device, resume=resume, **chosen)
+    is_kept = resume and open_run(run).outputs_file.is_file()
+    if steps != 1 and not is_kept:
+        observe_flow(recipe, run, steps=steps, seed=seed, device=device)
+    return score_table(scores)
 
 
 def score_flow(
@@ -96,22 +116,15 @@ def _score(
     on_progress: OnProgress,
 ) -> FlowScore:
     started = time.perf_counter()
-
-    def batches() -> Iterator[Tensor]:
-        done = 0
-        for images in draw_images(
-            sampler,
-            size=recipe.image_size,
-            count=count,
-            num_inference_steps=steps,
-            batch_size=recipe.sampling.batch_size,
-            seed=seed,
-        ):
-            done += len(images)
-            on_progress(f"T = {steps}", done, count)
-            yield images
-
-    score = real.score(batches())
+    drawn = draw_images(
+        sampler,
+        size=recipe.image_size,
+        count=count,
+        num_inference_steps=steps,
+        batch_size=recipe.sampling.batch_size,
+        seed=seed,
+    )
+    score = real.score(announced(drawn, f"T = {steps}", count, on_progress))
     return FlowScore(
         steps=steps,
         count=count,

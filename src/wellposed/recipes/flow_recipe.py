@@ -3,21 +3,10 @@
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from wellposed.recipes.ddpm_recipe import FeatureEvaluation
-from wellposed.recipes.recipe import (
-    OnProgress,
-    Recipe,
-    RequiredFile,
-    ScoreTable,
-    TrainedRun,
-    TrainingSettings,
-    no_progress,
-)
-
-if TYPE_CHECKING:
-    from wellposed.recipes.flow_sample import FlowImages
+from wellposed.recipes.recipe import Actions, Recipe, RequiredFile, TrainingSettings
 
 __all__ = ["FlowRecipe", "FlowSamplingSettings"]
 
@@ -89,70 +78,11 @@ class FlowRecipe(Recipe):
             "evaluation": evaluation,
         }
 
-    def train(
-        self,
-        out: str | Path,
-        *,
-        steps: int | None = None,
-        seed: int = 0,
-        device: str = "auto",
-        resume: bool = False,
-        progress: bool = True,
-    ) -> TrainedRun:
-        """See :func:`wellposed.recipes.flow_train.train_flow`."""
+    @property
+    def actions(self) -> Actions:
+        """Images by flow matching; scoring also keeps what token reduction can build on."""
+        from wellposed.recipes.flow_evaluate import score_and_observe_flow
+        from wellposed.recipes.flow_sample import sample_flow
         from wellposed.recipes.flow_train import train_flow
 
-        return train_flow(self, out, steps=steps, seed=seed, device=device, resume=resume, progress=progress)
-
-    def sample(
-        self,
-        run: str | Path,
-        *,
-        count: int | None = None,
-        steps: int | None = None,
-        seed: int = 0,
-        device: str = "auto",
-        on_progress: OnProgress = no_progress,
-        **options: Any,
-    ) -> "FlowImages":
-        """See :func:`wellposed.recipes.flow_sample.sample_flow`."""
-        from wellposed.recipes.flow_sample import sample_flow
-
-        return sample_flow(
-            self, run, count=count, steps=steps, seed=seed, device=device, on_progress=on_progress, **options
-        )
-
-    def evaluate(
-        self,
-        run: str | Path,
-        *,
-        count: int | None = None,
-        steps: int | None = None,
-        seed: int = 0,
-        device: str = "auto",
-        resume: bool = False,
-        on_progress: OnProgress = no_progress,
-        **options: Any,
-    ) -> ScoreTable:
-        """See :func:`wellposed.recipes.flow_evaluate.score_flow`; also keeps what token reduction can build on, see
-        :func:`wellposed.recipes.flow_observe.observe_flow`.
-        """
-        from wellposed.recipes.flow_evaluate import score_flow, score_table
-        from wellposed.recipes.flow_observe import observe_flow
-        from wellposed.recipes.run_folder import open_run
-
-        scores = score_flow(
-            self,
-            run,
-            count=count,
-            steps=steps,
-            seed=seed,
-            device=device,
-            resume=resume,
-            on_progress=on_progress,
-            **options,
-        )
-        is_kept = resume and open_run(run).outputs_file.is_file()
-        if steps != 1 and not is_kept:
-            observe_flow(self, run, steps=steps, seed=seed, device=device)
-        return score_table(scores)
+        return Actions(train=train_flow, sample=sample_flow, evaluate=score_and_observe_flow)

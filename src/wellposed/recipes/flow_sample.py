@@ -38,11 +38,9 @@ def sample_flow(
     """Draw images from a run's pipeline into its ``samples`` folder; see ``Recipe.sample``.
 
     Raises:
-        ValueError: no such run, count < 1, steps < 1.
+        ValueError: no such run, steps < 1.
     """
     count = DEFAULT_COUNT if count is None else count
-    if count < 1:
-        raise ValueError(f"count is {count}; give at least 1")
     folder = open_run(run)
     steps = recipe.sampling.num_inference_steps if steps is None else steps
     sampler = load_flow(folder.pipeline, resolved_device(device))

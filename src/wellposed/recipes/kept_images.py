@@ -13,7 +13,7 @@ from wellposed.data.pictures import save_image, save_image_grid
 from wellposed.recipes.ddpm_draw import grid_columns
 from wellposed.recipes.recipe import OnProgress
 
-__all__ = ["KeptImages", "keep_images"]
+__all__ = ["KeptImages", "announced", "keep_images"]
 
 MOST_IN_GRID = 100
 
@@ -69,3 +69,19 @@ def keep_images(
     grid = samples / f"{name}.png"
     save_image_grid(torch.stack(shown), grid, columns=grid_columns(len(shown)), enlarge=enlarge, metadata=about)
     return KeptImages(folder=samples / name, overview=grid, seconds=round(seconds, 3))
+
+
+def announced(batches: Iterator[Tensor], of: str, count: int, on_progress: OnProgress) -> Iterator[Tensor]:
+    """Batches of images as they come, each of them told of.
+
+    Args:
+        batches: the images.
+        of: what they are.
+        count: images in all.
+        on_progress: called before each batch is handed on.
+    """
+    done = 0
+    for images in batches:
+        done += len(images)
+        on_progress(of, done, count)
+        yield images

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from wellposed.evaluation.image_quality import psnr, ssim
 from wellposed.evaluation.inception_score import inception_score
 from wellposed.evaluation.precision_recall import precision_recall
 from wellposed.recipes.device import resolved_device
+from wellposed.recipes.kept_images import announced
 from wellposed.recipes.latent_draw import draw_images, load_generator, reconstructed
 from wellposed.recipes.latent_recipe import LatentRecipe
 from wellposed.recipes.real_images import RealImages, real_images
@@ -157,7 +158,7 @@ def score_latent(
             fresh = _score_reconstructions(pipe.vae, recipe.test_images(), real, seed, on_progress)
         else:
             drawn = draw_images(pipe, recipe.sampling, count=count, num_inference_steps=num_steps, seed=seed)
-            fresh = _score_samples(_announced(drawn, of, count, on_progress), real, of, count, seed)
+            fresh = _score_samples(announced(drawn, of, count, on_progress), real, of, count, seed)
         scores += fresh
         kept = [*(other for other in kept if other not in found), *fresh]
         write_json(folder.scores_file, [asdict(one) for one in kept])
@@ -224,14 +225,6 @@ def _score_samples(batches: Iterable[Tensor], real: RealImages, of: str, count: 
         )
         for what, value in values.items()
     ]
-
-
-def _announced(batches: Iterator[Tensor], of: str, count: int, on_progress: OnProgress) -> Iterator[Tensor]:
-    done = 0
-    for images in batches:
-        done += len(images)
-        on_progress(of, done, count)
-        yield images
 
 
 def _extractor_line(real: RealImages) -> str:

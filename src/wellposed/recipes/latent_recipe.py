@@ -3,21 +3,10 @@
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from wellposed.recipes.ddpm_recipe import FeatureEvaluation, FIDEvaluation
-from wellposed.recipes.recipe import (
-    OnProgress,
-    Recipe,
-    RequiredFile,
-    ScoreTable,
-    TrainedRun,
-    TrainingSettings,
-    no_progress,
-)
-
-if TYPE_CHECKING:
-    from wellposed.recipes.latent_sample import LatentImages
+from wellposed.recipes.recipe import Actions, Recipe, RequiredFile, TrainingSettings
 
 __all__ = [
     "EncoderSource",
@@ -227,66 +216,17 @@ class LatentRecipe(Recipe):
             "evaluation": {"num_samples": self.evaluation.num_samples},
         }
 
-    def train(
-        self,
-        out: str | Path,
-        *,
-        steps: int | None = None,
-        seed: int = 0,
-        device: str = "auto",
-        resume: bool = False,
-        progress: bool = True,
-    ) -> TrainedRun:
-        """See :func:`wellposed.recipes.latent_train.train_latent`."""
+    @property
+    def actions(self) -> Actions:
+        """Both stages; images of the second, scored beside reconstructions of the first."""
+        from wellposed.recipes.latent_evaluate import score_latent, score_table
+        from wellposed.recipes.latent_sample import sample_latent
         from wellposed.recipes.latent_train import train_latent
 
-        return train_latent(self, out, steps=steps, seed=seed, device=device, resume=resume, progress=progress)
-
-    def sample(
-        self,
-        run: str | Path,
-        *,
-        count: int | None = None,
-        steps: int | None = None,
-        seed: int = 0,
-        device: str = "auto",
-        on_progress: OnProgress = no_progress,
-        **options: Any,
-    ) -> "LatentImages":
-        """See :func:`wellposed.recipes.latent_sample.sample_latent`."""
-        from wellposed.recipes.latent_sample import sample_latent
-
-        return sample_latent(
-            self, run, count=count, steps=steps, seed=seed, device=device, on_progress=on_progress, **options
-        )
-
-    def evaluate(
-        self,
-        run: str | Path,
-        *,
-        count: int | None = None,
-        steps: int | None = None,
-        seed: int = 0,
-        device: str = "auto",
-        resume: bool = False,
-        on_progress: OnProgress = no_progress,
-        **options: Any,
-    ) -> ScoreTable:
-        """See :func:`wellposed.recipes.latent_evaluate.score_latent`."""
-        from wellposed.recipes.latent_evaluate import score_latent, score_table
-
-        return score_table(
-            score_latent(
-                self,
-                run,
-                count=count,
-                steps=steps,
-                seed=seed,
-                device=device,
-                resume=resume,
-                on_progress=on_progress,
-                **options,
-            )
+        return Actions(
+            train=train_latent,
+            sample=sample_latent,
+            evaluate=lambda recipe, run, **chosen: score_table(score_latent(recipe, run, **chosen)),
         )
 
     def with_queries(

@@ -38,11 +38,9 @@ def sample_latent(
     """Draw images from a run's pipeline into its ``samples`` folder; see ``Recipe.sample``.
 
     Raises:
-        ValueError: no such run, count < 1, too few steps.
+        ValueError: no such run, too few steps.
     """
     count = DEFAULT_COUNT if count is None else count
-    if count < 1:
-        raise ValueError(f"count is {count}; give at least 1")
     folder = open_run(run)
     steps = recipe.sampling.num_inference_steps if steps is None else steps
     pipe = load_generator(folder.pipeline, resolved_device(device))

@@ -21,7 +21,7 @@ from wellposed.recipes.latent_stages import (
     latent_stage,
 )
 from wellposed.recipes.recipe import TrainedRun
-from wellposed.recipes.run_folder import RunFolder, is_main_process, resolved_settings, start_run, write_json
+from wellposed.recipes.run_folder import check_same_steps, is_main_process, resolved_settings, start_run, write_json
 from wellposed.recipes.stages import StageOptions
 from wellposed.training.distributed import worker_group
 
@@ -42,17 +42,15 @@ def train_latent(
 
     Raises:
         FileNotFoundError: files that the recipe needs are missing.
-        ValueError: a folder in use, a checkpoint that does not fit, steps < 1, or others than those of the resumed run.
+        ValueError: a folder in use, a checkpoint that does not fit, or other steps than those of the resumed run.
         TrainingInterrupted: after Ctrl-C or SIGTERM; ``resume`` goes on from there.
     """
-    if steps is not None and steps < 1:
-        raise ValueError(f"steps is {steps}; give at least 1")
     resolved_device(device)
     for file in recipe.required_files():
         file.found_in(recipe.folder)
     images = recipe.training_images()
     run = start_run(out, recipe, resume=resume)
-    _check_steps(run, steps)
+    check_same_steps(run, steps)
     dataset = {"name": images.name, "images": len(images), "fingerprint": images.fingerprint()}
     settings = resolved_settings(recipe, seed=seed, steps=steps, device=device, dataset=dataset)
     if is_main_process():
@@ -73,12 +71,3 @@ def train_latent(
             export=run.pipeline,
         )
     return TrainedRun(folder=run.path, settings=settings, metrics={**first.metrics, **second.metrics})
-
-
-def _check_steps(run: RunFolder, steps: int | None) -> None:
-    """A longer stage one has other latents, on which a stage two that has begun cannot go on."""
-    if run.settings_file.is_file() and run.settings().get("steps") != steps:
-        raise ValueError(
-            f"{run.path} was begun with steps = {run.settings().get('steps')} for each stage, now {steps} (None is the "
-            "recipe's own); resume it with the same, or choose another --out"
-        )

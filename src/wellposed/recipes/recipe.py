@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 __all__ = [
     "DATA_VARIABLE",
+    "Actions",
     "DrawnSamples",
     "OnProgress",
     "Recipe",
@@ -163,6 +164,22 @@ class ScoreTable:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Actions:
+    """What can be done with a kind of recipe. Each takes the recipe, a folder, and the arguments of the method of
+    :class:`Recipe` that calls it.
+
+    Attributes:
+        train: from the recipe to a run folder.
+        sample: from a run folder to what is drawn.
+        evaluate: from a run folder to its scores.
+    """
+
+    train: Callable[..., TrainedRun]
+    sample: Callable[..., DrawnSamples]
+    evaluate: Callable[..., ScoreTable]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe(ABC):
     """A complete run. There is one subclass for each kind, which says what is trained and how that is done.
 
@@ -193,7 +210,11 @@ class Recipe(ABC):
     def settings(self) -> dict[str, Any]:
         """The kind's settings that are plain values, as they are kept in ``recipe.json``."""
 
+    @property
     @abstractmethod
+    def actions(self) -> Actions:
+        """What trains, draws and scores runs of this kind; loaded when it is asked for."""
+
     def train(
         self,
         out: str | Path,
@@ -220,8 +241,9 @@ class Recipe(ABC):
             ValueError: a folder in use, a checkpoint that does not fit, steps < 1.
             TrainingInterrupted: after Ctrl-C or SIGTERM; ``resume`` goes on from there.
         """
+        _check_positive(steps=steps)
+        return self.actions.train(self, out, steps=steps, seed=seed, device=device, resume=resume, progress=progress)
 
-    @abstractmethod
     def sample(
         self,
         run: str | Path,
@@ -247,8 +269,11 @@ class Recipe(ABC):
         Raises:
             ValueError: no such run, count < 1, or settings out of range.
         """
+        _check_positive(count=count, steps=steps)
+        return self.actions.sample(
+            self, run, count=count, steps=steps, seed=seed, device=device, on_progress=on_progress, **options
+        )
 
-    @abstractmethod
     def evaluate(
         self,
         run: str | Path,
@@ -277,3 +302,21 @@ class Recipe(ABC):
             FileNotFoundError: files that scoring needs are missing.
             ValueError: no such run, or settings out of range.
         """
+        _check_positive(count=count, steps=steps)
+        return self.actions.evaluate(
+            self,
+            run,
+            count=count,
+            steps=steps,
+            seed=seed,
+            device=device,
+            resume=resume,
+            on_progress=on_progress,
+            **options,
+        )
+
+
+def _check_positive(**numbers: int | None) -> None:
+    for name, number in numbers.items():
+        if number is not None and number < 1:
+            raise ValueError(f"{name} is {number}; give at least 1")

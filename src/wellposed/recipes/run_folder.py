@@ -24,8 +24,16 @@ from typing import Any
 
 from wellposed.recipes.recipe import Recipe
 
-__all__ = ["REFERENCE", "RunFolder", "is_main_process", "open_run", "resolved_settings", "start_run", "write_json"]
-
+__all__ = [
+    "REFERENCE",
+    "RunFolder",
+    "check_same_steps",
+    "is_main_process",
+    "open_run",
+    "resolved_settings",
+    "start_run",
+    "write_json",
+]
 
 REFERENCE = "base.json"
 """In a pipeline folder that holds only what was trained: which other pipeline has the rest."""
@@ -129,6 +137,23 @@ def start_run(path: str | Path, recipe: Recipe, *, resume: bool) -> RunFolder:
         raise ValueError(f"{run.path} holds other files and no run; choose another --out")
     run.path.mkdir(parents=True, exist_ok=True)
     return run
+
+
+def check_same_steps(run: RunFolder, steps: int | None) -> None:
+    """A longer stage leaves other weights, on which a later stage that has begun cannot go on.
+
+    Args:
+        run: the folder.
+        steps: of each stage, None for the recipe's own.
+
+    Raises:
+        ValueError: it was begun with another number.
+    """
+    if run.settings_file.is_file() and run.settings().get("steps") != steps:
+        raise ValueError(
+            f"{run.path} was begun with steps = {run.settings().get('steps')} for each stage, now {steps} (None is the "
+            "recipe's own); resume it with the same, or choose another --out"
+        )
 
 
 def resolved_settings(recipe: Recipe, **chosen: Any) -> dict[str, Any]:

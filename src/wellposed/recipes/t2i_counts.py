@@ -64,6 +64,11 @@ class CountedCaptions:
         """That of the batches."""
         return self.planned.steps_per_epoch
 
+    @property
+    def captioning_cost(self) -> Mapping[str, float]:
+        """That of the batches."""
+        return self.planned.captioning_cost
+
     def shares_at(self, step: int, parts: int) -> tuple[range, ...]:
         """Those of the batches."""
         return self.planned.shares_at(step, parts)

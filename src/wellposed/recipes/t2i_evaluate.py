@@ -8,10 +8,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from wellposed.lens.pipeline import LensPipeline
 from wellposed.recipes.device import resolved_device
+from wellposed.recipes.kept_images import announced
 from wellposed.recipes.recipe import OnProgress, ScoreTable, no_progress
 from wellposed.recipes.run_folder import RunFolder, open_run, write_json
 from wellposed.recipes.t2i_draw import draw_prompts, load_lens
@@ -90,7 +89,7 @@ def score_t2i(
     Arguments as of ``Recipe.evaluate``.
 
     Raises:
-        ValueError: no such run, a recipe without scores, a prompt (which nothing could score), count < 1.
+        ValueError: no such run, a recipe without scores, a prompt (which nothing could score).
     """
     if prompt is not None:
         raise ValueError("a prompt of yours has no known answer to score against; draw it with: wellposed sample")
@@ -98,8 +97,6 @@ def score_t2i(
         raise ValueError(f"{recipe.name} has no scores: its pictures are for people to judge; draw some instead")
     folder = open_run(run)
     count = recipe.evaluation.num_samples if count is None else count
-    if count < 1:
-        raise ValueError(f"count is {count}; give at least 1")
     steps = recipe.sampling.num_inference_steps if steps is None else steps
     kept = _read_scores(folder)
     pipe: LensPipeline | None = None
@@ -146,7 +143,7 @@ def _score_kind(
         guidance_scale=kind.guidance_scale,
         size=(kind.height, kind.width),
     )
-    found = judge(_announced(drawn, str(kind), kind.count, on_progress), scenes, asked)
+    found = judge(announced(drawn, str(kind), kind.count, on_progress), scenes, asked)
     return [
         FollowingScore(
             kind=kind,
@@ -160,14 +157,6 @@ def _score_kind(
         )
         for name, one in found.scores.items()
     ]
-
-
-def _announced(batches: Iterator[Tensor], of: str, count: int, on_progress: OnProgress) -> Iterator[Tensor]:
-    done = 0
-    for images in batches:
-        done += len(images)
-        on_progress(of, done, count)
-        yield images
 
 
 def _table(scores: Sequence[FollowingScore]) -> ScoreTable:

@@ -3,20 +3,9 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from wellposed.recipes.recipe import (
-    OnProgress,
-    Recipe,
-    RequiredFile,
-    ScoreTable,
-    TrainedRun,
-    TrainingSettings,
-    no_progress,
-)
-
-if TYPE_CHECKING:
-    from wellposed.recipes.t2i_sample import PromptedImages
+from wellposed.recipes.recipe import Actions, Recipe, RequiredFile, TrainingSettings
 
 __all__ = [
     "FollowingEvaluation",
@@ -196,65 +185,14 @@ class TextToImageRecipe(Recipe):
             "evaluation": scored,
         }
 
-    def train(
-        self,
-        out: str | Path,
-        *,
-        steps: int | None = None,
-        seed: int = 0,
-        device: str = "auto",
-        resume: bool = False,
-        progress: bool = True,
-    ) -> TrainedRun:
-        """See :func:`wellposed.recipes.t2i_train.train_t2i`."""
+    @property
+    def actions(self) -> Actions:
+        """Every stage; pictures of prompts, scored by what they show."""
+        from wellposed.recipes.t2i_evaluate import score_t2i
+        from wellposed.recipes.t2i_sample import sample_t2i
         from wellposed.recipes.t2i_train import train_t2i
 
-        return train_t2i(self, out, steps=steps, seed=seed, device=device, resume=resume, progress=progress)
-
-    def sample(
-        self,
-        run: str | Path,
-        *,
-        count: int | None = None,
-        steps: int | None = None,
-        seed: int = 0,
-        device: str = "auto",
-        on_progress: OnProgress = no_progress,
-        **options: Any,
-    ) -> "PromptedImages":
-        """See :func:`wellposed.recipes.t2i_sample.sample_t2i`."""
-        from wellposed.recipes.t2i_sample import sample_t2i
-
-        return sample_t2i(
-            self, run, count=count, steps=steps, seed=seed, device=device, on_progress=on_progress, **options
-        )
-
-    def evaluate(
-        self,
-        run: str | Path,
-        *,
-        count: int | None = None,
-        steps: int | None = None,
-        seed: int = 0,
-        device: str = "auto",
-        resume: bool = False,
-        on_progress: OnProgress = no_progress,
-        **options: Any,
-    ) -> ScoreTable:
-        """See :func:`wellposed.recipes.t2i_evaluate.score_t2i`."""
-        from wellposed.recipes.t2i_evaluate import score_t2i
-
-        return score_t2i(
-            self,
-            run,
-            count=count,
-            steps=steps,
-            seed=seed,
-            device=device,
-            resume=resume,
-            on_progress=on_progress,
-            **options,
-        )
+        return Actions(train=train_t2i, sample=sample_t2i, evaluate=score_t2i)
 
 
 def _plain(stage: PretrainingStage) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def sample_t2i(
         prompt: what to draw; None for the run's prompts in turn, those that checkpoints leave pictures of.
 
     Raises:
-        ValueError: no such run, count < 1, or no prompt where the recipe has none.
+        ValueError: no such run, or no prompt where the recipe has none.
     """
     folder = open_run(run)
     captions = folder.settings().get("shown_captions", ())
@@ -63,8 +63,6 @@ def sample_t2i(
     if not known:
         raise ValueError(f"{recipe.name} has no prompts of its own; say what to draw: --prompt TEXT")
     count = (len(known) if prompt is None else DEFAULT_COUNT) if count is None else count
-    if count < 1:
-        raise ValueError(f"count is {count}; give at least 1")
     steps = recipe.sampling.num_inference_steps if steps is None else steps
     prompts = tuple(known[i % len(known)] for i in range(count))
     pipe = load_lens(folder.pipeline, resolved_device(device))

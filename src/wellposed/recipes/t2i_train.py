@@ -19,7 +19,7 @@ from wellposed.lens.adapters import need_peft
 from wellposed.recipes.device import resolved_device
 from wellposed.recipes.optimize import component_config
 from wellposed.recipes.recipe import TrainedRun
-from wellposed.recipes.run_folder import is_main_process, resolved_settings, start_run, write_json
+from wellposed.recipes.run_folder import check_same_steps, is_main_process, resolved_settings, start_run, write_json
 from wellposed.recipes.stages import StageOptions
 from wellposed.recipes.t2i_recipe import TextToImageRecipe
 from wellposed.recipes.t2i_stages import Parts, first_on_main, pretraining_stage, shown_captions
@@ -43,11 +43,9 @@ def train_t2i(
     Raises:
         FileNotFoundError: files that the recipe needs are missing.
         ImportError: a stage trains an adapter, and peft is missing.
-        ValueError: a folder in use, a checkpoint that does not fit, steps < 1, or others than those of the resumed run.
+        ValueError: a folder in use, a checkpoint that does not fit, or other steps than those of the resumed run.
         TrainingInterrupted: after Ctrl-C or SIGTERM; ``resume`` goes on from there.
     """
-    if steps is not None and steps < 1:
-        raise ValueError(f"steps is {steps}; give at least 1")
     resolved_device(device)
     if any(stage.adapter for stage in recipe.stages):
         need_peft()
@@ -55,11 +53,7 @@ def train_t2i(
         file.found_in(recipe.folder)
     run = start_run(out, recipe, resume=resume)
     options = StageOptions(seed=seed, device=device, steps=steps, progress=progress)
-    if run.settings_file.is_file() and run.settings().get("steps") != steps:
-        raise ValueError(
-            f"{run.path} was begun with steps = {run.settings().get('steps')} for each stage, now {steps} (None is the "
-            "recipe's own); resume it with the same, or choose another --out"
-        )
+    check_same_steps(run, steps)
     settings: dict[str, Any] = resolved_settings(recipe, seed=seed, steps=steps, device=device)
     if is_main_process():
         write_json(run.settings_file, settings)

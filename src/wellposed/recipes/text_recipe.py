@@ -4,20 +4,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from wellposed.recipes.recipe import (
-    OnProgress,
-    Recipe,
-    RequiredFile,
-    ScoreTable,
-    TrainedRun,
-    TrainingSettings,
-    no_progress,
-)
-
-if TYPE_CHECKING:
-    from wellposed.recipes.text_sample import SampledTexts
+from wellposed.recipes.recipe import Actions, Recipe, RequiredFile, TrainingSettings
 
 __all__ = [
     "Head",
@@ -244,64 +233,15 @@ class TextRecipe(Recipe):
             "evaluation": evaluation,
         }
 
-    def train(
-        self,
-        out: str | Path,
-        *,
-        steps: int | None = None,
-        seed: int = 0,
-        device: str = "auto",
-        resume: bool = False,
-        progress: bool = True,
-    ) -> TrainedRun:
-        """See :func:`wellposed.recipes.text_train.train_texts`."""
+    @property
+    def actions(self) -> Actions:
+        """Texts, scored by a judge; puzzles, by whether they are solved."""
+        from wellposed.recipes.text_evaluate import score_table, score_texts
+        from wellposed.recipes.text_sample import sample_texts
         from wellposed.recipes.text_train import train_texts
 
-        return train_texts(self, out, steps=steps, seed=seed, device=device, resume=resume, progress=progress)
-
-    def sample(
-        self,
-        run: str | Path,
-        *,
-        count: int | None = None,
-        steps: int | None = None,
-        seed: int = 0,
-        device: str = "auto",
-        on_progress: OnProgress = no_progress,
-        **options: Any,
-    ) -> "SampledTexts":
-        """See :func:`wellposed.recipes.text_sample.sample_texts`."""
-        from wellposed.recipes.text_sample import sample_texts
-
-        return sample_texts(
-            self, run, count=count, steps=steps, seed=seed, device=device, on_progress=on_progress, **options
-        )
-
-    def evaluate(
-        self,
-        run: str | Path,
-        *,
-        count: int | None = None,
-        steps: int | None = None,
-        seed: int = 0,
-        device: str = "auto",
-        resume: bool = False,
-        on_progress: OnProgress = no_progress,
-        **options: Any,
-    ) -> ScoreTable:
-        """See :func:`wellposed.recipes.text_evaluate.score_texts`."""
-        from wellposed.recipes.text_evaluate import score_table, score_texts
-
-        return score_table(
-            score_texts(
-                self,
-                run,
-                count=count,
-                steps=steps,
-                seed=seed,
-                device=device,
-                resume=resume,
-                on_progress=on_progress,
-                **options,
-            )
+        return Actions(
+            train=train_texts,
+            sample=sample_texts,
+            evaluate=lambda recipe, run, **chosen: score_table(score_texts(recipe, run, **chosen)),
         )

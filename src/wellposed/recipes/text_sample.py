@@ -67,11 +67,9 @@ def sample_texts(
         on_progress: called along the way.
 
     Raises:
-        ValueError: no such run, count < 1, a prompt that is too long, or settings out of range.
+        ValueError: no such run, a prompt that is too long, or settings out of range.
     """
     count = DEFAULT_COUNT if count is None else count
-    if count < 1:
-        raise ValueError(f"count is {count}; give at least 1")
     folder = open_run(run)
     steps = recipe.sampling.num_inference_steps if steps is None else steps
     pipeline = load_pipeline(folder.pipeline, resolved_device(device))

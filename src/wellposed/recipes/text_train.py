@@ -54,11 +54,9 @@ def train_texts(
     Raises:
         FileNotFoundError: files that the recipe needs are missing.
         OSError: a data set or a tokenizer of the hub that is not in the cache and cannot be fetched.
-        ValueError: a folder in use, a checkpoint that does not fit, steps < 1.
+        ValueError: a folder in use, a checkpoint that does not fit.
         TrainingInterrupted: after Ctrl-C or SIGTERM; ``resume`` goes on from there.
     """
-    if steps is not None and steps < 1:
-        raise ValueError(f"steps is {steps}; give at least 1")
     resolved_device(device)
     for file in recipe.required_files():
         file.found_in(recipe.folder)
