@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+WORKERS ?= 2
 OUT ?= runs/demo
 
 BIN := $(VENV)/bin
@@ -35,11 +36,13 @@ demo: $(STAMP) ## train, sample, measure, and write a page to runs/demo (minutes
 	$(BIN)/wellposed demo --out $(OUT) $(ARGS)
 
 # The first run executes every shape annotation. torch.compile cannot trace those checks, so its tests run without them;
-# pytest's exit code 5, "nothing collected", is no failure there.
+# pytest's exit code 5, "nothing collected", is no failure there, and only files that have such tests are looked at. A
+# file's tests stay in one process, since what they share is made once.
 test: export OMP_NUM_THREADS ?= 1
 test: $(STAMP) ## the tests that need neither a GPU nor patience; ARGS="-k lanczos" narrows them
-	$(PYTEST) $(ARGS)
-	$(PYTEST) --jaxtyping-packages= -m "compile and not slow and not gpu" $(ARGS) || [ $$? -eq 5 ]
+	$(PYTEST) -n $(WORKERS) --dist loadfile $(ARGS)
+	$(PYTEST) --jaxtyping-packages= -m "compile and not slow and not gpu" \
+	  $(or $(filter tests/%,$(ARGS)),$(shell grep -rl "mark.compile" tests)) $(filter-out tests/%,$(ARGS)) || [ $$? -eq 5 ]
 
 lint: $(STAMP) ## ruff: rules and format
 	$(BIN)/ruff check .

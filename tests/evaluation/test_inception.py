@@ -127,7 +127,7 @@ def test_wrong_files_name_what_is_wrong(model, tmp_path):
     (tmp_path / "text.pth").write_text("no weights")
     (tmp_path / "text.safetensors").write_text("no weights")
     for name in ("text.pth", "text.safetensors"):
-        with pytest.raises(ValueError, match="no readable file of weights"):
+        with pytest.raises(ValueError, match="cannot be read as weights|could run code"):
             FIDInception.from_file(tmp_path / name)
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(ValueError, match="holds a list"):

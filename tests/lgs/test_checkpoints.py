@@ -214,7 +214,7 @@ def one_line(error: pytest.ExceptionInfo[Exception]) -> str:
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*nowhere\.pth") as error:
+    with pytest.raises(FileNotFoundError, match=r"no file .*nowhere\.pth") as error:
         load_ddpm_checkpoint(tmp_path / "nowhere.pth", ddpm_pair()[1])
     one_line(error)
 
@@ -250,7 +250,9 @@ def test_another_width_is_refused(tmp_path: Path) -> None:
 
 def test_the_other_layout_is_refused(tmp_path: Path) -> None:
     theirs, ours = improved_pair()
-    with pytest.raises(ValueError, match=r"no tensor 'conv_in\.weight'.*improved DDPM's 'input_blocks") as error:
+    with pytest.raises(
+        ValueError, match=r"no tensor 'conv_in\.weight'.*improved DDPM, which has 'input_blocks"
+    ) as error:
         load_ddpm_checkpoint(saved(theirs.state_dict(), tmp_path / "iddpm.pt"), ours)
     one_line(error)
 

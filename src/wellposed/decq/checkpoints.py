@@ -37,13 +37,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from wellposed.decq.autoencoder import STD_EPS, AutoencoderDecQ
 from wellposed.decq.encoders import ENCODERS
 from wellposed.decq.transformer import SIZES, DecQTransformer2DModel, rotary_tables
-from wellposed.evaluation.weight_files import check_weights, read_weights
+from wellposed.weight_files import check_weights, network_weights, read_weights
 
 __all__ = ["load_dit_dh_checkpoint", "load_rae_checkpoint", "load_rae_decoder", "load_rae_statistics"]
 
@@ -111,7 +110,7 @@ def load_rae_checkpoint(
         ValueError: not such files, or files that do not fit one another.
     """
     _check_encoder_type(encoder_type)
-    weights = _weights(Path(decoder), DECODER_MARK, DECODER_FILE, ema=ema)
+    weights = network_weights(decoder, DECODER_MARK, DECODER_FILE, ema=ema)
     sizes = _decoder_sizes(weights, decoder)
     model = ENCODERS[encoder_type].load(encoder)
     pixels = sizes["decoder_position_range"] * int(cast(Any, model.config).patch_size)
@@ -136,7 +135,7 @@ def load_rae_decoder(path: str | Path, autoencoder: AutoencoderDecQ, *, ema: boo
         FileNotFoundError: no such file.
         ValueError: not such a file, one of other sizes, a model with queries.
     """
-    _fill_decoder(autoencoder, _weights(Path(path), DECODER_MARK, DECODER_FILE, ema=ema), path)
+    _fill_decoder(autoencoder, network_weights(path, DECODER_MARK, DECODER_FILE, ema=ema), path)
     return autoencoder
 
 
@@ -178,7 +177,7 @@ def load_dit_dh_checkpoint(path: str | Path, *, ema: bool = True, **config: Any)
         FileNotFoundError: no such file.
         ValueError: not such a file; the message names the tensors that are missing, unknown or of another shape.
     """
-    weights = _weights(Path(path), DIT_DH_MARK, DIT_DH_FILE, ema=ema)
+    weights = network_weights(path, DIT_DH_MARK, DIT_DH_FILE, ema=ema)
     network = DecQTransformer2DModel(**{**_dit_dh_sizes(weights, path), **config, "num_queries": 0})
     named = dict(_dit_dh_names(network))
     tables = _dit_dh_tables(network)
@@ -296,49 +295,3 @@ def _renamed(name: str, table: tuple[tuple[str, str], ...]) -> str:
     for ours, theirs in table:
         name = re.sub(ours, theirs, name)
     return name
-
-
-def _weights(path: Path, mark: str, expected: str, *, ema: bool) -> dict[str, Tensor]:
-    """The tensors beside the one called ``mark``, without the prefix that wrappers leave."""
-    found = list(_state_dicts(_read(path, expected), mark))
-    averaged = [weights for place, weights in found if any(part.startswith("ema") for part in place)]
-    trained = [weights for place, weights in found if not any(part.startswith("ema") for part in place)]
-    chosen = (averaged or trained) if ema else (trained or averaged)
-    if not chosen:
-        raise ValueError(f"{str(path)!r} holds no tensor {mark!r}; expected {expected}")
-    if len(chosen) > 1:
-        places = ", ".join(".".join(place) or "top level" for place, _ in found)
-        raise ValueError(f"{str(path)!r} holds several networks ({places}); save the one you want to a file of its own")
-    return chosen[0]
-
-
-def _read(path: Path, expected: str) -> Any:
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {str(path)!r}; expected {expected}")
-    try:
-        return (
-            load_file(path)
-            if path.suffix == ".safetensors"
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )
-    # Whatever the reader raises, the file is not one of weights: the formats share no exception.
-    except Exception as error:
-        raise ValueError(
-            f"{str(path)!r} cannot be read as weights ({type(error).__name__}): is the download complete? "
-            f"Expected {expected}"
-        ) from error
-
-
-def _state_dicts(
-    held: Any, mark: str, place: tuple[str, ...] = ()
-) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
-    """(where, tensors) for each set of tensors with ``mark``, wherever a state of training keeps it."""
-    if not isinstance(held, Mapping):
-        return
-    named = {name: value for name, value in held.items() if isinstance(name, str)}
-    for marker in (name for name in named if f".{name}".endswith(f".{mark}")):
-        prefix = marker.removesuffix(mark)
-        tensors = {n: v for n, v in named.items() if n.startswith(prefix) and isinstance(v, Tensor)}
-        yield (*place, *prefix.split(".")), {n.removeprefix(prefix): v for n, v in tensors.items()}
-    for name, value in named.items():
-        yield from _state_dicts(value, mark, (*place, name))

@@ -27,7 +27,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from wellposed.decq.encoders import ENCODERS, VisionEncoder, encode_tokens
 from wellposed.decq.key_layouts import PREFIX, in_layout_of
-from wellposed.evaluation.weight_files import check_weights, read_weights
+from wellposed.weight_files import check_weights, read_weights
 
 __all__ = ["DINO_VIT", "FrozenFeatureDiscriminator", "LocalBatchNorm", "TokenHead", "dino_backbone"]
 

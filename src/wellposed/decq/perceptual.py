@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from wellposed.evaluation.weight_files import check_weights, read_weights
+from wellposed.weight_files import check_weights, read_weights
 
 __all__ = ["LPIPS", "FeatureDistance", "LayerOutputs", "VGG16Features"]
 

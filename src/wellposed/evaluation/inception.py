@@ -32,7 +32,7 @@ from torch.nn import functional
 from wellposed.evaluation.features import CPU, FeatureExtractor, hash_weights
 from wellposed.evaluation.frechet import FeatureStatistics, frechet_score
 from wellposed.evaluation.scores import ImageFormat, Score
-from wellposed.evaluation.weight_files import check_weights, read_weights
+from wellposed.weight_files import check_weights, read_weights
 
 __all__ = ["FIDInception", "fid", "fid_extractor", "inception_classifier"]
 

@@ -18,7 +18,7 @@ from jaxtyping import Float32
 from PIL import Image
 from torch import Tensor
 
-from wellposed.evaluation.weight_files import read_weights
+from wellposed.weight_files import read_weights
 
 __all__ = [
     "AestheticScorer",

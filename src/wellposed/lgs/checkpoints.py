@@ -37,10 +37,10 @@ import torch
 from diffusers.models.attention_processor import Attention
 from diffusers.models.unets.unet_2d import UNet2DModel
 from jaxtyping import Float
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from wellposed.saving import saved_class
+from wellposed.weight_files import network_weights
 
 __all__ = [
     "FixedHeadsUNet2DModel",
@@ -53,6 +53,10 @@ __all__ = [
 
 DDPM_FIRST_TENSOR = "conv_in.weight"
 IMPROVED_DIFFUSION_FIRST_TENSOR = "input_blocks.0.0.weight"
+EXPECTED = (
+    f"a .safetensors or .pth file of DDPM, which has {DDPM_FIRST_TENSOR!r}, or of improved DDPM, which has "
+    f"{IMPROVED_DIFFUSION_FIRST_TENSOR!r}"
+)
 
 DDPM_RESNET = {
     "norm1": "norm1",
@@ -253,7 +257,7 @@ def load_ddpm_checkpoint(path: str | Path, network: UNet2DModel, *, ema: bool = 
         ValueError: not such a file, or one of another architecture; the message names the tensors.
     """
     path = Path(path)
-    weights = _read_weights(path, DDPM_FIRST_TENSOR, ema=ema)
+    weights = network_weights(path, DDPM_FIRST_TENSOR, EXPECTED, ema=ema)
     return _fill(network, weights, dict(_ddpm_modules(network)), second_head=DDPM_SECOND_HEAD, path=path)
 
 
@@ -264,7 +268,7 @@ def load_improved_diffusion_checkpoint(path: str | Path, network: UNet2DModel, *
     and errors are those of :func:`load_ddpm_checkpoint`.
     """
     path = Path(path)
-    weights = _read_weights(path, IMPROVED_DIFFUSION_FIRST_TENSOR, ema=ema)
+    weights = network_weights(path, IMPROVED_DIFFUSION_FIRST_TENSOR, EXPECTED, ema=ema)
     blocks = _blocks_per_level(network)
     if f"input_blocks.{1 + blocks}.0.in_layers.0.weight" in weights:
         raise ValueError(
@@ -419,62 +423,3 @@ def _listed(names: Sequence[str], what: str) -> str:
     shown = ", ".join(names[:MAX_NAMES_IN_MESSAGE])
     rest = len(names) - MAX_NAMES_IN_MESSAGE
     return f"{len(names)} {what} ({shown}{f' and {rest} more' if rest > 0 else ''})"
-
-
-def _read_weights(path: Path, first_tensor: str, *, ema: bool) -> dict[str, Tensor]:
-    """The state dict in a file that holds a tensor named ``first_tensor``, without the prefix that wrappers leave."""
-    found = list(_state_dicts(_read(path), first_tensor))
-    if not found:
-        raise ValueError(
-            f"{str(path)!r} holds no tensor {first_tensor!r}, so it is no checkpoint of this layout; DDPM's have "
-            f"{DDPM_FIRST_TENSOR!r} and improved DDPM's {IMPROVED_DIFFUSION_FIRST_TENSOR!r}"
-        )
-    averaged = [weights for place, weights in found if _is_average(place)]
-    trained = [weights for place, weights in found if not _is_average(place)]
-    chosen = (averaged or trained) if ema else (trained or averaged)
-    if len(chosen) > 1:
-        places = ", ".join(place or "top level" for place, _ in found)
-        raise ValueError(f"{str(path)!r} holds several networks ({places}); save the one you want to a file of its own")
-    return chosen[0]
-
-
-def _is_average(place: str) -> bool:
-    return any(part.startswith("ema") for part in place.split("."))
-
-
-def _read(path: Path) -> Any:
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {str(path)!r}; give the path of a .safetensors or .pth file")
-    try:
-        return (
-            load_file(path)
-            if path.suffix == ".safetensors"
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )
-    except Exception as error:
-        # The format's own exception would have to be imported from pickle, which this package does not do.
-        if type(error).__name__ == "UnpicklingError":
-            raise ValueError(
-                f"{str(path)!r} holds Python objects other than tensors, and loading them could run code; if you trust "
-                "the file, save its state dict as .safetensors with safetensors.torch.save_file and give that"
-            ) from error
-        raise ValueError(
-            f"{str(path)!r} cannot be read as a checkpoint ({type(error).__name__}): is the download complete?"
-        ) from error
-
-
-def _state_dicts(held: Any, first_tensor: str, place: str = "") -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """(where, state dict) for each state dict with the tensor, wherever a training state keeps it."""
-    if isinstance(held, Mapping):
-        named = {name: value for name, value in held.items() if isinstance(name, str)}
-        markers = [name for name in named if f".{name}".endswith(f".{first_tensor}")]
-        for prefix in (marker.removesuffix(first_tensor) for marker in markers):
-            tensors = {n: v for n, v in named.items() if n.startswith(prefix) and isinstance(v, Tensor)}
-            yield f"{place}.{prefix}".strip("."), {n.removeprefix(prefix): v for n, v in tensors.items()}
-        for name, value in named.items():
-            yield from _state_dicts(value, first_tensor, f"{place}.{name}".lstrip("."))
-    elif isinstance(held, list | tuple):
-        for index, value in enumerate(held):
-            # ermongroup/ddim saves [weights, optimizer, epoch, step, averaged weights].
-            name = "ema" if index and index == len(held) - 1 else str(index)
-            yield from _state_dicts(value, first_tensor, f"{place}.{name}".lstrip("."))
