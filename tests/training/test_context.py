@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from wellposed.training.context import StepContext, derived_seed
@@ -55,3 +56,15 @@ def test_seeds_are_stable_and_depend_on_every_part():
     seeds = {derived_seed(*parts) for parts in ((0, "a", 1), (0, "a", 2), (0, "b", 1), (1, "a", 1), (0, "a1"))}
     assert len(seeds) == 5
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 16, 48, 96, 128, 1707])
+def test_strata_of_a_batch_are_all_there_and_those_of_a_share_far_apart(batch_size):
+    u = context(range(batch_size), batch_size=batch_size).uniform(stratified=True)
+    gaps = torch.diff(u.sort().values)
+    torch.testing.assert_close(gaps, torch.full_like(gaps, 1 / batch_size))
+    for size in (2, 4, 8, 24):
+        for start in range(0, batch_size - size + 1, size):
+            share = u[start : start + size].sort().values
+            around = torch.diff(torch.cat([share, share[:1] + 1]))
+            assert around.max() < 3.5 / size

@@ -3,12 +3,15 @@
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property
+from math import gcd
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 __all__ = ["StepContext", "derived_seed"]
+
+GOLDEN = (5**0.5 - 1) / 2
 
 
 def derived_seed(*parts: int | str) -> int:
@@ -65,12 +68,23 @@ class StepContext:
     def uniform(self, *, stratified: bool = False) -> Float[Tensor, " rows"]:
         """One number in [0, 1) for each row, float64 on the CPU.
 
-        ``stratified`` spreads them evenly over the global batch, ``u_i = (u + i / batch_size) mod 1`` with one common
-        u: each is still uniform, and a mean over the batch of a function of them varies less (2107.00630).
+        ``stratified`` spreads them evenly over the global batch, ``u_i = (u + p(i) / batch_size) mod 1`` with one
+        common u: each is still uniform, and a mean over the batch of a function of them varies less (2107.00630). The
+        permutation p keeps neighbours far apart, so that the rows of a share, which may be images of one size, are
+        spread too.
         """
         if stratified:
             start = torch.rand((), generator=self.shared_generator, dtype=torch.float64)
-            everyone = (start + torch.arange(self.batch_size, dtype=torch.float64) / self.batch_size) % 1
+            everyone = (start + _far_apart(self.batch_size).double() / self.batch_size) % 1
         else:
             everyone = torch.rand(self.batch_size, generator=self.shared_generator, dtype=torch.float64)
         return everyone[list(self.rows)]
+
+
+def _far_apart(count: int) -> Int[Tensor, " count"]:
+    """A permutation of 0, ..., count - 1 in which any few neighbours are spread over all of it: steps of about the
+    golden section of count.
+    """
+    strides = (stride for stride in range(1, count + 1) if gcd(stride, count) == 1)
+    stride = min(strides, key=lambda stride: abs(stride - GOLDEN * count))
+    return torch.arange(count) * stride % count
