@@ -25,35 +25,44 @@ from typing import Any
 
 import torch
 
+from wellposed.data.bucketed import BucketedBatches
 from wellposed.data.buckets import Buckets, Size
 from wellposed.data.captioned_digits import captioned_digits
 from wellposed.data.digit_captions import LANGUAGES
 from wellposed.recipes.lens import TINY_NATIVE_SIZES, TINY_SHAPES, lens_tiny, tiny_autoencoder
 from wellposed.recipes.lens_comparison import Arm, FollowingCurve, compare_following
 from wellposed.recipes.small_gpt_oss import GptOssShape, small_gpt_oss
+from wellposed.recipes.t2i_counts import CountedCaptions
 from wellposed.recipes.t2i_recipe import TextToImageRecipe
 from wellposed.report.record import write_result
 
 STYLES = {"dense": "dense", "mixed": {"dense": 0.5, "brief": 0.5}, "brief": "brief"}
-UNSEEN = ((24, 48), (48, 24), (64, 64))
+UNSEEN = ((24, 48), (48, 24), (64, 64))  # the last has 1.33 times the largest side; tokens of 8 pixels have no 1.4
+OPERATIONS_OVER = 50  # steps
+BASES = {base: tuple(Size(*size) for size in some) for base, some in TINY_SHAPES.items()}
 
 
 def recipe_of(chosen: argparse.Namespace) -> TextToImageRecipe:
-    """The first stage of ``lens_tiny``, measured in equal parts."""
+    """The first stage of ``lens_tiny``, every step in one share, measured in equal parts."""
     tiny = lens_tiny()
     assert tiny.evaluation is not None
-    stage = tiny.stages[0]
-    training = replace(
-        stage.training,
-        max_steps=chosen.steps,
-        checkpoint_every=max(1, chosen.steps // chosen.measurements),
-        log_every=20,
-    )
     evaluation = replace(tiny.evaluation, num_samples=chosen.samples, guidance_scales=(1.0, 3.0), sizes=((32, 32),))
-    return replace(tiny, stages=(replace(stage, training=training),), evaluation=evaluation, shown=())
+    recipe = replace(tiny, evaluation=evaluation, shown=())
+    return of_length(with_buckets(recipe, Buckets(by_base={32: BASES[32]}, batch_sizes={32: 16})), chosen.steps, chosen)
 
 
-def captions_arms(chosen: argparse.Namespace) -> list[Arm]:
+def with_buckets(recipe: TextToImageRecipe, buckets: Buckets) -> TextToImageRecipe:
+    return replace(recipe, stages=(replace(recipe.stages[0], buckets=lambda: buckets, shares=1),))
+
+
+def of_length(recipe: TextToImageRecipe, steps: int, chosen: argparse.Namespace) -> TextToImageRecipe:
+    stage = recipe.stages[0]
+    every = -(-steps // chosen.measurements)
+    training = replace(stage.training, max_steps=steps, checkpoint_every=every, log_every=20)
+    return replace(recipe, stages=(replace(stage, training=training),))
+
+
+def captions_arms(chosen: argparse.Namespace, autoencoder: Any, text_encoder: Any) -> list[Arm]:
     recipe = recipe_of(chosen)
     return [
         Arm(name=name, recipe=recipe, corpus=captioned_digits(chosen.pictures, *TINY_NATIVE_SIZES, style=style))
@@ -61,7 +70,7 @@ def captions_arms(chosen: argparse.Namespace) -> list[Arm]:
     ]
 
 
-def languages_arms(chosen: argparse.Namespace) -> list[Arm]:
+def languages_arms(chosen: argparse.Namespace, autoencoder: Any, text_encoder: Any) -> list[Arm]:
     recipe = recipe_of(chosen)
     assert recipe.evaluation is not None
     evaluation = replace(recipe.evaluation, languages=LANGUAGES, guidance_scales=(3.0,))
@@ -72,25 +81,33 @@ def languages_arms(chosen: argparse.Namespace) -> list[Arm]:
     ]
 
 
-def sizes_arms(chosen: argparse.Namespace) -> list[Arm]:
-    """Shares of all arms have about 128 image tokens, and so do equal steps equal operations on images."""
+def sizes_arms(chosen: argparse.Namespace, autoencoder: Any, text_encoder: Any) -> list[Arm]:
+    """As many steps each as have the operations of the first's."""
     recipe = recipe_of(chosen)
     assert recipe.evaluation is not None
     sizes = ((32, 32), (48, 48), *UNSEEN)
     recipe = replace(recipe, evaluation=replace(recipe.evaluation, sizes=sizes, guidance_scales=(3.0,)))
-    shapes = {base: tuple(Size(*size) for size in some) for base, some in TINY_SHAPES.items()}
     corpus = captioned_digits(chosen.pictures, *TINY_NATIVE_SIZES)
-    buckets = {
-        "32 x 32": Buckets.fixed(Size(32, 32), batch_size=8),
-        "48 x 48": Buckets.fixed(Size(48, 48), batch_size=4),
-        "mixed sizes": Buckets(by_base=shapes, batch_sizes={32: 8, 48: 4}),
+    kinds = {
+        "32 x 32": Buckets.fixed(Size(32, 32), batch_size=16),
+        "48 x 48": Buckets.fixed(Size(48, 48), batch_size=12),
+        "mixed sizes": Buckets(by_base=BASES, batch_sizes={32: 16, 48: 12}),
     }
-    return [
-        Arm(
-            name=name, recipe=replace(recipe, stages=(replace(recipe.stages[0], buckets=lambda b=b: b),)), corpus=corpus
-        )
-        for name, b in buckets.items()
-    ]
+    arms = [Arm(name=name, recipe=with_buckets(recipe, kind), corpus=corpus) for name, kind in kinds.items()]
+    costs = [operations(arm, autoencoder, text_encoder) for arm in arms]
+    lengths = [round(chosen.steps * costs[0] / cost) for cost in costs]
+    return [replace(arm, recipe=of_length(arm.recipe, steps, chosen)) for arm, steps in zip(arms, lengths, strict=True)]
+
+
+def operations(arm: Arm, autoencoder: Any, text_encoder: Any) -> float:
+    """Of a step, on average."""
+    stage = arm.recipe.stages[0]
+    planned = BucketedBatches(dataset=arm.corpus, buckets=stage.buckets(), shares=stage.shares)
+    assert arm.recipe.network is not None
+    network = arm.recipe.network(autoencoder, text_encoder)
+    side = 2 ** len(autoencoder.config["block_out_channels"])
+    counted = CountedCaptions(planned, network, text_encoder, side=side)
+    return fmean(counted.counts_at(step)["flops"] for step in range(OPERATIONS_OVER))
 
 
 PARTS = {"captions": captions_arms, "languages": languages_arms, "sizes": sizes_arms}
@@ -160,7 +177,12 @@ def main() -> None:
         print(part)
         started = datetime.now(UTC)
         curves = compare_following(
-            PARTS[part](chosen), autoencoder, text_encoder, chosen.out / part, seeds=chosen.seeds, on_curve=show
+            PARTS[part](chosen, autoencoder, text_encoder),
+            autoencoder,
+            text_encoder,
+            chosen.out / part,
+            seeds=chosen.seeds,
+            on_curve=show,
         )
         found = summary(curves)
         for arm, values in found.items():

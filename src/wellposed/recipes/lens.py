@@ -36,8 +36,8 @@ TINY_SHAPES = {32: ((32, 32), (24, 40), (40, 24)), 48: ((48, 48), (40, 56), (56,
 TINY_COUNT = 4000
 TINY_NATIVE_SIZES = ((48, 48), (48, 48), (40, 56), (56, 40))
 TINY_PROMPTS = (
-    "A handwritten three in red ink stands in the upper left corner of a plain navy picture.",
-    "In the lower right, on a cream ground, there is a single blue seven, written by hand.",
+    "A handwritten three in red ink stands in the upper left corner of a plain grey picture.",
+    "In the lower right, on a beige ground, there is a single blue seven, written by hand.",
 )
 
 
@@ -313,7 +313,7 @@ def _network(
 def _shards(folder: Path, data: Path, recipe: TextToImageRecipe, seed: int, device: str) -> Any:
     from wellposed.data.shards import ShardedImages
 
-    return ShardedImages.open(data / "lens/shards", caption_style=recipe.caption_style, seed=seed)
+    return ShardedImages.open(data / "lens/shards", caption_style=_caption_shares(recipe), seed=seed)
 
 
 def _flux_vae(folder: Path, data: Path, corpus: Any, seed: int, device: str) -> Any:

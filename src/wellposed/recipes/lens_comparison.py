@@ -1,6 +1,7 @@
 """Text-to-image runs side by side: the same pictures, seeds and steps, other captions, languages or sizes."""
 
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,6 +25,8 @@ from wellposed.training import Callback, Run, StepContext
 from wellposed.training.usage import read_usage
 
 __all__ = ["Arm", "FollowingCurve", "Measurement", "compare_following", "held_out_loss"]
+
+CAPTIONS_AT_A_TIME = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +52,7 @@ class Measurement:
         steps: done.
         images: seen.
         words: of captions seen.
-        seconds: of training, this machine's.
+        seconds: of training alone, this machine's; captions were encoded before.
         model_flops: spent.
         loss: held out, with dense captions.
         following: share of pictures that show what their prompt says, by kind of picture and property.
@@ -107,6 +110,7 @@ def compare_following(
             kept = where / "curve.json"
             if not kept.is_file():
                 parts = Parts(corpus=arm.corpus, autoencoder=autoencoder, text_encoder=text_encoder)
+                _encode_captions(arm, text_encoder, folder / "features")
                 measure = _Measure(arm.recipe, parts, where, folder / "judge", device)
                 pretraining_stage(
                     arm.recipe,
@@ -125,6 +129,16 @@ def compare_following(
     return curves
 
 
+def _encode_captions(arm: Arm, text_encoder: LensTextEncoder, features: Path) -> None:
+    """Every caption that may come up, so that no run pays for those of the next."""
+    encode = text_features(text_encoder, features)
+    training = arm.recipe.stages[0].training
+    epochs = range(1 + training.max_steps * training.batch_size // len(arm.corpus))
+    captions = sorted({text for epoch in epochs for text in arm.corpus.captions(range(len(arm.corpus)), epoch=epoch)})
+    for start in range(0, len(captions), CAPTIONS_AT_A_TIME):
+        encode(captions[start : start + CAPTIONS_AT_A_TIME])
+
+
 class _Measure(Callback):
     """At every checkpoint; what was measured is kept beside the checkpoints, so that a resumed run has it all."""
 
@@ -133,11 +147,13 @@ class _Measure(Callback):
         self.recipe, self.parts, self.folder = recipe, parts, folder
         self.judge = recipe.evaluation.judge(judge, 0, device)
         self.path = folder / "measured.json"
-        kept = json.loads(self.path.read_text(encoding="utf-8")) if self.path.is_file() else []
-        self.found = [Measurement(**one) for one in kept]
+        kept = json.loads(self.path.read_text(encoding="utf-8")) if self.path.is_file() else {}
+        self.found = [Measurement(**one) for one in kept.get("measurements", [])]
+        self.seconds = kept.get("seconds", 0.0)  # that measuring has taken, within the run's own time
 
     def on_checkpoint(self, run: Run, path: Path) -> None:
         """Draw, judge, note."""
+        started = time.perf_counter()
         network = averaged_network(run, NETWORK, LensTransformer2DModel, self.folder)
         if network is None or any(one.steps == run.step for one in self.found):
             return
@@ -147,13 +163,14 @@ class _Measure(Callback):
                 steps=run.step,
                 images=used.samples,
                 words=used.counters.get("caption_words", 0.0),
-                seconds=used.seconds,
+                seconds=used.seconds - self.seconds,
                 model_flops=used.model_flops,
                 loss=held_out_loss(network, self.parts, features=self.folder.parent / "features"),
                 following=self._following(network),
             )
         )
-        write_json(self.path, [asdict(one) for one in self.found])
+        self.seconds += time.perf_counter() - started
+        write_json(self.path, {"seconds": self.seconds, "measurements": [asdict(one) for one in self.found]})
         write_json(self.folder / "history.json", self._history())
 
     def _history(self) -> dict[str, list[tuple[int, float]]]:
