@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from wellposed.data.buckets import Size
 from wellposed.data.shards import ShardedImages
 from wellposed.lens.captioning import CaptionResult
 from wellposed.lens.curation import CurationConfig, CurationTools, audit, curate, report_of
@@ -393,6 +394,21 @@ def test_failed_captions_are_reported_left_out_and_asked_again_on_demand(small, 
     assert captioner.asked == ["0000000002", "0000000004"] and report.kept == 10
     curate(raw, tmp_path / "straight", SMALL, tools=CurationTools(captioner=Captioner()))
     assert shard_bytes(tmp_path) == shard_bytes(tmp_path / "straight")
+
+
+def test_captions_are_found_under_their_style(small, tmp_path):
+    """Shards that are curated anew, in another style, keep the first one; and their index is no picture."""
+    raw, _ = small
+    brief, dense = Captioner(text="brief {}"), Captioner(text="dense after {}")
+    curate(raw, tmp_path / "a", replace(SMALL, caption_style="brief"), tools=CurationTools(captioner=brief))
+    (first, *_) = ShardedImages.open(tmp_path / "a/shards", caption_style="brief").captions(range(10))
+    assert first == "brief drawing 0\u2028of shapes"
+    report = curate(tmp_path / "a/shards", tmp_path / "b", SMALL, tools=CurationTools(captioner=dense))
+    assert report.samples == report.kept == 10
+    for style, expected in (("brief", first), ("dense", f"dense after {first}"), (None, f"dense after {first}")):
+        images = ShardedImages.open(tmp_path / "b/shards", caption_style=style)
+        batch = images.batch([0, 9], Size(64, 64))
+        assert batch.captions[0] == expected and batch.images.shape == (2, 3, 64, 64)
 
 
 @pytest.mark.parametrize(

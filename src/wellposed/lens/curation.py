@@ -338,7 +338,7 @@ class _ShardWork:
             key=record.key,
             picture=_shardable(content, record, self.config),
             caption=caption,
-            captions=others | {self.config.caption_style: caption} if others else {},
+            captions=others | {self.config.caption_style: caption},
             metadata={
                 "source": str(record.address),
                 "caption_style": self.config.caption_style,

@@ -67,8 +67,8 @@ def list_samples(source: Path, image_column: str) -> Iterator[Address | DamagedF
     """Addresses of all samples below a folder, or in one file; folders and files by name, hidden ones left out.
 
     ``.parquet`` files are tables and ``.tar`` files archives; ``.json`` and ``.txt`` files are what is known of the
-    picture that has their name otherwise. Every other file counts as a picture, whatever its name ends in: what is none
-    is found out when it is read, and reported.
+    picture that has their name otherwise. An ``.npz`` beside an archive is its index. Every other file counts as a
+    picture, whatever its name ends in: what is none is found out when it is read, and reported.
 
     Raises:
         FileNotFoundError: no such source.
@@ -82,7 +82,7 @@ def list_samples(source: Path, image_column: str) -> Iterator[Address | DamagedF
             yield from _list_table(path, name, image_column)
         elif path.suffix == ".tar":
             yield from _list_archive(path, name)
-        elif path.suffix.lower() not in SIDECARS:
+        elif path.suffix.lower() not in SIDECARS and not _is_index(path):
             yield Address(file=name)
 
 
@@ -188,6 +188,10 @@ def _files(folder: Path) -> Iterator[Path]:
             yield from _files(folder / name)
         else:
             yield folder / name
+
+
+def _is_index(path: Path) -> bool:
+    return path.suffix == ".npz" and path.with_suffix(".tar").is_file()
 
 
 def _list_table(path: Path, name: str, image_column: str) -> Iterator[Address | DamagedFile]:
