@@ -64,6 +64,38 @@ def test_a_truncated_checkpoint_is_an_error(build: Build, tmp_path: Path) -> Non
         AutoencoderDecQ.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize(
+    ("saved", "changes", "message"),
+    [
+        ({}, {"num_queries": 0}, r"weights of queries that this model would leave out, e\.g\. _query_latents"),
+        ({}, {"condenser_layers": (0,)}, r"e\.g\. condensers\.condensers\.1\."),
+        (CHANNELS, {"num_queries": 0}, "would leave out"),
+        (
+            {},
+            {"num_queries": 2, "ignore_mismatched_sizes": True},
+            r"condensers\.queries \(3, 64\) instead of \(2, 64\)",
+        ),
+    ],
+)
+def test_queries_of_a_file_are_not_dropped(
+    build: Build, tmp_path: Path, saved: dict[str, Any], changes: dict[str, Any], message: str, low_cpu_mem_usage: bool
+) -> None:
+    build(**saved).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        AutoencoderDecQ.from_pretrained(tmp_path, low_cpu_mem_usage=low_cpu_mem_usage, **changes)
+
+
+def test_statistics_of_an_rae_fit_its_latents(sizes: dict[str, Any]) -> None:
+    theirs = rae(sizes)
+    theirs._latents_std = torch.zeros(64, 4, 4)
+    with pytest.raises(ValueError, match="std of the latents has entries that are not positive"):
+        AutoencoderDecQ.from_rae(theirs)
+    theirs._latents_std = torch.ones(64, 8, 8)
+    with pytest.raises(ValueError, match=r"must broadcast to \(64, 4, 4\)"):
+        AutoencoderDecQ.from_rae(theirs, num_queries=3, condenser_layers=(0,))
+
+
 def without_queries(build: Build, model: AutoencoderDecQ, **fields: Any) -> AutoencoderDecQ:
     plain = build(num_queries=0, **fields)
     plain.load_state_dict({name: model.state_dict()[name] for name in plain.state_dict()})
@@ -205,6 +237,15 @@ def test_a_published_encoder_is_taken_over(build: Build, images: torch.Tensor, t
         ({"num_summed_layers": 5}, "blocks 1 to 4"),
         ({"decoder_position_range": 0}, "decoder_position_range"),
         ({"condenser_num_heads": 3}, "does not divide"),
+        ({"latents_mean": torch.zeros(5)}, r"mean of the latents has shape \(5,\); it must broadcast to \(64, 4, 4\)"),
+        # Would broadcast with a batch of 64 images, of as many channels.
+        ({"latents_std": torch.ones(64, 64, 4, 4)}, r"std of the latents has shape \(64, 64, 4, 4\)"),
+        ({"latents_std": torch.ones(16, 64)}, r"must broadcast to \(64, 4, 4\)"),
+        ({"latents_mean": [float("nan")]}, "not finite"),
+        ({"latents_std": [[[0.0]]] * 64}, "not positive"),
+        ({"latents_mean": torch.zeros(64, 4, 4), "reshape_to_2d": False}, r"must broadcast to \(16, 64\)"),
+        ({"latents_shape": [64, 8, 8]}, r"saved statistics of the latents have shape \(64, 8, 8\)"),
+        ({"query_latents_shape": [8, 64]}, r"saved statistics of the query latents .* broadcast to \(3, 64\)"),
     ],
 )
 def test_fields_that_do_not_fit(build: Build, fields: dict[str, Any], message: str) -> None:
@@ -235,6 +276,11 @@ def test_bad_calls(build: Build, images: torch.Tensor) -> None:
         model.set_latent_statistics(torch.zeros(1), torch.zeros(1))
     with pytest.raises(ValueError, match="without as_rae"):
         model.save_pretrained("nowhere", as_rae=True)
+    model.set_latent_statistics(torch.zeros(64, 4, 4), torch.ones(1))
+    with pytest.raises(ValueError, match=r"each element, \(64, 4, 4\): latents of another grid than 4 x 4 have none"):
+        model.decode(torch.zeros(3, 64, 6, 6), code.query_latent)
+    model.set_latent_statistics(torch.zeros(64, 1, 1), torch.ones(1))
+    assert model.decode(torch.zeros(3, 64, 6, 6), code.query_latent).sample.shape == (3, 3, 64, 64)
 
 
 def test_the_decoder_looks_at_the_queries(build: Build, images: torch.Tensor) -> None:

@@ -44,6 +44,7 @@ __all__ = ["AutoencoderDecQ", "DecQDecoder", "DecQEncoderOutput"]
 STD_EPS = 1e-5
 PUBLISHED_GRID = 16
 STATISTICS = {"_latents_mean", "_latents_std", "_query_latents_mean", "_query_latents_std"}
+OF_QUERIES = ("condensers.", "decoder.query_", "_query_latents")
 RAE_ENCODERS = ("dinov2", "siglip2", "mae")
 OUR_FIELDS = (
     *("num_queries", "condenser_layers", "condenser_num_heads", "condenser_mlp_ratio", "condenser_context"),
@@ -306,8 +307,10 @@ class AutoencoderDecQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin)
             scale = torch.tensor(list(values or default), dtype=torch.float32)
             self.register_buffer(name, scale.view(1, -1, 1, 1))
         mean, std = _as_tensor(latents_mean), _as_tensor(latents_std)
+        _check_statistics("latents", self._latent_shape, mean, std, saved_shape=latents_shape)
         self._register_statistics("_latents", latents_shape, mean, std)
         if self.num_query_tokens:
+            _check_statistics("query latents", self._query_latent_shape, saved_shape=query_latents_shape)
             self._register_statistics("_query_latents", query_latents_shape)
         self._note(
             latents_mean=None,
@@ -510,25 +513,31 @@ class AutoencoderDecQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin)
         Raises:
             ValueError: other shapes, numbers that are not finite or not positive, query statistics without queries.
         """
-        num_queries, width = self.num_query_tokens, self.config["encoder_hidden_size"]
-        channels = self.latent_channels
-        square = (channels, self.grid, self.grid) if self.config["reshape_to_2d"] else (self.grid**2, channels)
-        wanted = [("latent", "_latents", square, mean, std)]
+        num_queries = self.num_query_tokens
+        wanted = [("latents", self._latent_shape, mean, std)]
         if (query_mean is None) != (query_std is None) or (query_mean is not None and not num_queries):
             raise ValueError(
                 f"give query_mean and query_std together, and only to a model with query tokens; it has {num_queries}"
             )
         if query_mean is not None and query_std is not None:
-            wanted.append(("query latent", "_query_latents", (num_queries, width), query_mean, query_std))
-        for what, name, shape, m, s in wanted:
-            for part, values in (("mean", m), ("std", s)):
-                _check_statistics(f"{part} of the {what}s", values, shape)
-            if not bool((s > 0).all()):
-                raise ValueError(f"the standard deviation of the {what}s has entries that are not positive")
-            self._register_statistics(name, None, m, s)
+            wanted.append(("query latents", self._query_latent_shape, query_mean, query_std))
+        for what, shape, m, s in wanted:
+            _check_statistics(what, shape, m, s)
+            self._register_statistics(f"_{what.replace(' ', '_')}", None, m, s)
         self._note(latents_shape=list(self._latents_mean.shape))
         if query_mean is not None:
             self._note(query_latents_shape=list(self._query_latents_mean.shape))
+
+    @property
+    def _latent_shape(self) -> tuple[int, ...]:
+        """Of one image's patch latents."""
+        channels = self.latent_channels
+        return (channels, self.grid, self.grid) if self.config["reshape_to_2d"] else (self.grid**2, channels)
+
+    @property
+    def _query_latent_shape(self) -> tuple[int, ...]:
+        """Of one image's query latents."""
+        return (self.num_query_tokens, self.config["encoder_hidden_size"])
 
     def _note(self, **fields: Any) -> None:
         """Into the configuration, also for ``from_config``, which skips what was not passed when the model was made."""
@@ -590,11 +599,13 @@ class AutoencoderDecQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin)
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
         """As in diffusers; also from what ``AutoencoderRAE`` saved, which gives K = 0.
 
-        Encoders saved by other versions of transformers are renamed on the way. Weights that are missing are an error:
-        diffusers would draw them at random.
+        Encoders saved by other versions of transformers are renamed on the way, where the weights are one file. Weights
+        that are missing or of another shape are an error, since diffusers would draw them at random, and so are queries
+        that the model would leave out, since the decoder was trained with them.
 
         Raises:
-            ValueError: weights are missing.
+            ValueError: weights are missing or of another shape, or the file has queries or condensers that the model
+                has not.
             OSError: no such model, or damaged files.
         """
         wants_info = kwargs.pop("output_loading_info", False)
@@ -606,13 +617,7 @@ class AutoencoderDecQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin)
             kwargs = {"num_queries": 0, **kwargs}
         loaded: Any = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
         model, info = loaded
-        if info["missing_keys"]:
-            missing = sorted(info["missing_keys"])
-            raise ValueError(
-                f"{pretrained_model_name_or_path} lacks {len(missing)} of the model's weights, e.g. {missing[0]}; they "
-                "would be random. Is it the whole checkpoint, with this configuration? Add queries to an RAE with "
-                "AutoencoderDecQ.from_rae(...)"
-            )
+        _check_loaded(str(pretrained_model_name_or_path), info)
         return (model, info) if wants_info else model
 
     def _fix_state_dict_keys_on_load(self, state_dict: Any) -> None:
@@ -646,11 +651,11 @@ class AutoencoderDecQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin)
         if rae.config.get("num_queries", 0):
             raise ValueError(f"the model has {rae.config['num_queries']} queries already; give a plain RAE")
         fields: dict[str, Any] = {name: value for name, value in rae.config.items() if not name.startswith("_")}
-        fields |= {"latents_mean": rae._latents_mean, "latents_std": rae._latents_std}
+        fields |= {"latents_mean": None, "latents_std": None, "latents_shape": None}
         fields = {"num_queries": 0, **fields, **config}
         model = cls(**fields)
         model._take_weights(rae.state_dict())
-        model._widen_statistics()
+        model._take_statistics(rae._latents_mean, rae._latents_std)
         return _like(rae, model)
 
     @classmethod
@@ -735,25 +740,26 @@ class AutoencoderDecQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin)
         return _like(self, rae)
 
     def _take_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Weights of a plain RAE; what it has not stays as it was drawn."""
-        own, renamed = self.state_dict(), self._as_own(weights)
-        mine = ("condensers.", "decoder.query_", "_query_latents")
-        missing = [name for name in own if name not in renamed and not name.startswith(mine)]
+        """Weights of a plain RAE without its statistics; what it has not stays as it was drawn."""
+        renamed = self._as_own({name: value for name, value in weights.items() if name not in STATISTICS})
+        own = {name for name in self.state_dict() if name not in STATISTICS}
+        missing = sorted(name for name in own - renamed.keys() if not name.startswith(OF_QUERIES))
         if missing:
             raise ValueError(f"the RAE lacks {len(missing)} weights, e.g. {missing[0]}")
         self.load_state_dict({name: value for name, value in renamed.items() if name in own}, strict=False)
 
-    def _widen_statistics(self) -> None:
-        """Of a plain RAE, by channels of queries, which stay as they come."""
-        width, axis = self.config["encoder_hidden_size"], -3 if self.config["reshape_to_2d"] else -1
-        mean, std = self._latents_mean, self._latents_std
+    def _take_statistics(self, mean: Tensor, std: Tensor) -> None:
+        """Those of a plain RAE, widened by channels of queries, which stay as they come."""
+        axis = -3 if self.config["reshape_to_2d"] else -1
+        width = self.config["encoder_hidden_size"]
         more = self.latent_channels - width
-        if more and mean.ndim >= -axis and mean.shape[axis] == width:
-            filled = (
-                torch.cat([values, torch.full_like(values.narrow(axis, 0, more), fill)], dim=axis)
-                for values, fill in ((mean, 0.0), (std, 1.0))
-            )
-            self.set_latent_statistics(*filled)
+
+        def widened(values: Tensor, fill: float) -> Tensor:
+            if not more or values.ndim < -axis or values.shape[axis] != width:
+                return values
+            return torch.cat([values, torch.full_like(values.narrow(axis, 0, more), fill)], dim=axis)
+
+        self.set_latent_statistics(widened(mean, 0.0), widened(std, 1.0))
 
     # --- checks
 
@@ -775,6 +781,13 @@ class AutoencoderDecQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin)
         fits = z.ndim == 4 and z.shape[1] == width and z.shape[2] == z.shape[3]
         if not (fits if square else z.ndim == 3 and z.shape[2] == width):
             raise ValueError(f"patch latents have shape {tuple(z.shape)}; expected {wanted}")
+        statistics = tuple(self._latents_mean.shape)
+        if not _broadcasts(statistics, tuple(z.shape[1:])):
+            raise ValueError(
+                f"patch latents have shape {tuple(z.shape)}, but statistics are of each element, {statistics}: latents "
+                f"of another grid than {self.grid} x {self.grid} have none; give latents of that grid, or set "
+                "statistics of each channel"
+            )
 
     def _check_query_latents(self, z: Tensor, query_latent: Tensor | None) -> None:
         num_queries, width = self.num_query_tokens, self.config["encoder_hidden_size"]
@@ -788,6 +801,38 @@ class AutoencoderDecQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin)
                 f"query_latent has shape {tuple(query_latent.shape)}; expected ({len(z)}, {num_queries}, {width})"
                 + ("" if num_queries else ": this model has no query tokens, leave it out")
             )
+
+
+def _check_loaded(source: str, info: Mapping[str, Any]) -> None:
+    """What diffusers only warns of, in its report on a model that it loaded."""
+    missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    dropped = [name for name in unexpected if name.startswith(OF_QUERIES)]
+    if dropped:
+        raise ValueError(
+            f"{source} has {len(dropped)} weights of queries that this model would leave out, e.g. {dropped[0]}, and "
+            "its decoder was trained with them; leave num_queries, condenser_layers and query_fusion as they were "
+            "saved. For patches alone, load a plain RAE"
+        )
+    if missing and in_layout_of(missing, dict.fromkeys(unexpected)).keys() & set(missing):
+        raise ValueError(
+            f"{source} lacks {len(missing)} of the model's weights, e.g. {missing[0]}; they would be random. It names "
+            "them as another version of transformers does, and is in several files (shards), which diffusers reads "
+            "without renaming; write all of them into one diffusion_pytorch_model.safetensors, without the index, and "
+            "it loads"
+        )
+    if missing:
+        raise ValueError(
+            f"{source} lacks {len(missing)} of the model's weights, e.g. {missing[0]}; they would be random. Is it the "
+            "whole checkpoint, with this configuration? Add queries to an RAE with AutoencoderDecQ.from_rae(...)"
+        )
+    if info["mismatched_keys"]:
+        name, *shapes = info["mismatched_keys"][0]
+        found, wanted = (tuple(shape) for shape in shapes)
+        raise ValueError(
+            f"{source} has {len(info['mismatched_keys'])} weights of other shapes than the model, e.g. {name} {found} "
+            f"instead of {wanted}; they would be random. Leave ignore_mismatched_sizes out, and the configuration as "
+            "it was saved"
+        )
 
 
 @contextmanager
@@ -878,12 +923,32 @@ def _as_tensor(values: Tensor | Sequence[Any] | None) -> Tensor | None:
     return torch.tensor(values, dtype=torch.float32)
 
 
-def _check_statistics(what: str, values: Tensor, shape: tuple[int, ...]) -> None:
-    try:
-        fits = torch.broadcast_shapes(values.shape, shape) == shape
-    except RuntimeError:
-        fits = False
-    if not fits:
-        raise ValueError(f"the {what} has shape {tuple(values.shape)}; it must broadcast to {shape}")
-    if not bool(values.isfinite().all()):
-        raise ValueError(f"the {what} has entries that are not finite")
+def _check_statistics(
+    what: str,
+    shape: tuple[int, ...],
+    mean: Tensor | None = None,
+    std: Tensor | None = None,
+    saved_shape: Sequence[int] | None = None,
+) -> None:
+    """Of latents of that shape; ``saved_shape`` is what a configuration says of those in its file."""
+    for part, values in (("mean", mean), ("std", std)):
+        if values is None:
+            continue
+        if not _broadcasts(values.shape, shape):
+            raise ValueError(f"the {part} of the {what} has shape {tuple(values.shape)}; it must broadcast to {shape}")
+        if values.is_meta:
+            continue
+        if not bool(values.isfinite().all()):
+            raise ValueError(f"the {part} of the {what} has entries that are not finite")
+        if part == "std" and not bool((values > 0).all()):
+            raise ValueError(f"the std of the {what} has entries that are not positive")
+    if saved_shape is not None and not _broadcasts(saved_shape, shape):
+        raise ValueError(
+            f"the saved statistics of the {what} have shape {tuple(saved_shape)}; they must broadcast to {shape}"
+        )
+
+
+def _broadcasts(given: Sequence[int], shape: tuple[int, ...]) -> bool:
+    """Whether tensors of one shape broadcast to the other."""
+    pairs = zip(reversed(given), reversed(shape), strict=False)
+    return len(given) <= len(shape) and all(size in (1, wanted) for size, wanted in pairs)
