@@ -19,8 +19,10 @@ from wellposed.lens.adapters import (
     load_adapter,
     save_adapter,
 )
+from wellposed.lens.objectives import freeze_unread, training_flops
 from wellposed.lens.pipeline import LensPipeline
 from wellposed.lens.transformer import LensTransformer2DModel
+from wellposed.training.flops import FlopCounter
 from wellposed.training.run import _is_compiled
 
 pytest.importorskip("peft")
@@ -61,6 +63,24 @@ def test_every_part_of_it_has_a_gradient(build_lens: Build, lens_inputs: Inputs,
     assert "transformer_blocks.1.attn.to_add_out" not in modules
     held = {name.replace(".base_layer", ""): weight for name, weight in network.state_dict().items()}
     assert all(torch.equal(held[name], weight) for name, weight in before.items())
+
+
+@pytest.mark.parametrize("mlps", [False, True])
+def test_flops_of_a_step(build_lens: Build, lens_inputs: Inputs, mlps: bool) -> None:
+    """Frozen matrices have no gradient and pass one on, attention has the whole of its own. Counted, a step has less by
+    what the first block's A would pass on to tokens that nobody asks for.
+    """
+    network = build_lens()
+    rows, columns, text = 4, 6, 5
+    add_adapter(network, rank=2, mlps=mlps)
+    freeze_unread(network)
+    counter = FlopCounter()
+    with counter.forward():
+        loss = network(**lens_inputs(rows, columns, text, batch=1)).sample.square().mean()
+    with counter.backward():
+        loss.backward()
+    first = 2 * 2 * network.config["num_attention_heads"] * network.config["attention_head_dim"]  # of rank 2
+    assert counter.flops == training_flops(network, rows * columns, text) - first * (rows * columns + text)
 
 
 def test_numbers_of_the_published_network() -> None:

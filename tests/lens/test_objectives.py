@@ -3,6 +3,7 @@ by heart.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from wellposed.lens.objectives import (
     freeze_unread,
     loss_by_group,
     text_to_image_objective,
+    training_flops,
     training_mu,
     training_times,
 )
@@ -29,6 +31,8 @@ from wellposed.lens.scheduler import LensFlowMatchScheduler
 from wellposed.lens.text_encoder import TextFeatures
 from wellposed.lens.transformer import LensTransformer2DModel
 from wellposed.training import StepContext
+from wellposed.training.flops import FlopCounter
+from wellposed.training.metrics import GroupLosses
 
 Build = Callable[..., LensTransformer2DModel]
 
@@ -171,22 +175,28 @@ def test_share_of_dropped_captions() -> None:
 
 
 def test_loss_by_noise_level_and_grid(build_lens: Build) -> None:
+    """Over eight steps the losses of all levels, weighted by their rows, are the loss; so is that of the one grid."""
     model = build_lens()
     objective = text_to_image_objective(tokens_of, words, grids=[(ROWS, COLUMNS), (5, 5)])
-    lines, losses = [], []
+    groups, losses, shares = GroupLosses(), [], defaultdict[str, float](float)
     for step in range(8):
         loss, metrics = value_of(objective, model, batch_of(CAPTIONS), context(step=step))
-        lines.append({f"lens/{name}": float(value) for name, value in metrics.items()})
+        values = {name: float(value) for name, value in metrics.items()}
+        assert groups.split("lens", values) == {"unweighted": pytest.approx(loss, rel=1e-6)}
+        for name, value in values.items():
+            shares[name] += value / 8
         losses.append(loss)
-    groups = loss_by_group(lines, "lens")
-    assert groups["2x3"] == pytest.approx(sum(losses) / 8, rel=1e-5)
-    assert "5x5" not in groups
-    shares = {
-        level: sum(line[f"lens/rows_{level}"] for line in lines) / 8 for level in ("t0", "t0.25", "t0.5", "t0.75")
-    }
-    assert sum(shares.values()) == pytest.approx(1.0, abs=1e-6)
-    mean = sum(groups[level] * share for level, share in shares.items() if share)
+    found = groups.take()
+    assert found["lens/loss_2x3"] == pytest.approx(sum(losses) / 8, rel=1e-5)
+    assert "lens/loss_5x5" not in found
+    levels = ("t0", "t0.25", "t0.5", "t0.75")
+    assert sum(shares[f"rows_{level}"] for level in levels) == pytest.approx(1.0, abs=1e-6)
+    mean = sum(found.get(f"lens/loss_{level}", 0.0) * shares[f"rows_{level}"] for level in levels)
     assert mean == pytest.approx(sum(losses) / 8, rel=1e-5)
+    lines = [found, {"lens/loss": 1.0, "lens/loss_2x3": 0.0, "other/loss_t1": 1.0}]
+    by_group = loss_by_group(lines, "lens")
+    assert by_group["2x3"] == pytest.approx(found["lens/loss_2x3"] / 2)
+    assert by_group.keys() == {name.removeprefix("lens/loss_") for name in found}
 
 
 @pytest.mark.parametrize("changes", [{"caption_dropout": 1.0}, {"caption_dropout": -0.1}, {"time_std": 0.0}])
@@ -232,6 +242,25 @@ def test_flops_are_those_of_a_forward(build_lens: Build, lens_inputs: Callable[.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(**lens_inputs(rows, columns, text, batch=1))
     assert forward_flops(model, rows * columns, text) == pytest.approx(counter.get_total_flops(), rel=1e-9)
+
+
+@pytest.mark.parametrize("grid", [(2, 3), (4, 6)])
+def test_flops_of_a_training_step(build_lens: Build, lens_inputs: Callable[..., Any], grid: tuple[int, int]) -> None:
+    """Three times the forward pass where everything is trained; counted, it has a few less: nobody asks for the
+    gradient of what the first matrices read, nor for anything of the frozen ones that nothing reads.
+    """
+    model = build_lens()
+    count = grid[0] * grid[1]
+    assert training_flops(model, count, 5) == 3 * forward_flops(model, count, 5)
+    freeze_unread(model)
+    counter = FlopCounter()
+    with counter.forward():
+        loss = model(**lens_inputs(*grid, 5, batch=1)).sample.square().mean()
+    with counter.backward():
+        loss.backward()
+    first = (model.img_in, model.time_text_embed.timestep_embedder.linear_1)
+    unasked = 2 * sum(module.weight.numel() * tokens for module, tokens in zip(first, (count, 1), strict=True))  # pyright: ignore[reportArgumentType]
+    assert counter.flops == training_flops(model, count, 5) - unasked
 
 
 @pytest.mark.parametrize(("side", "flops"), [(512, 3.7e12), (768, 8.6e12), (1024, 1.70e13), (1440, 4.3e13)])

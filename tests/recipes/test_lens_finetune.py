@@ -153,6 +153,8 @@ def test_what_a_run_leaves(run: Path, base: Path) -> None:
     settings = json.loads((run / "recipe.json").read_text())
     assert settings["stages"][0]["adapter"] == {"rank": 3, "alpha": 6, "mlps": False}
     assert settings["dataset"]["images"] == 2
+    words = settings["dataset"]["caption_words"]
+    assert (words["mean"], words["published_mean"], words["histogram"]) == (5.5, 109, {"0 to 9": 2})
     assert "2 images: 0 too small" in (run / "buckets.txt").read_text()
     usage = json.loads((run / "usage.json").read_text())
     assert (usage["samples"], usage["counters"]["image_tokens"]) == (8, 8 * 16)

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from wellposed.training import PlannedBatches, Player, StepContext, TrainingConfig
 
+PATIENCE = 60  # seconds; of a machine that others use too
+
 
 def _rank_main(rank: int, world_size: int, store: str, pipe: Connection, work: Callable[..., Any], args: Any) -> None:
     # Bytes: the pipe's own pickling would pass tensors as shared memory that dies with this process.
@@ -34,8 +36,8 @@ def _rank_main(rank: int, world_size: int, store: str, pipe: Connection, work: C
 
 
 def _answer(pipe: Connection) -> tuple[str, Any]:
-    if not pipe.poll(20):
-        return "failed", "no answer within 20 s"
+    if not pipe.poll(PATIENCE):
+        return "failed", f"no answer within {PATIENCE} s"
     return torch.load(io.BytesIO(pipe.recv_bytes()), weights_only=True)
 
 

@@ -176,6 +176,35 @@ def test_a_signal_on_one_rank_stops_all_at_the_same_step(toy, on_ranks, tmp_path
     assert on_ranks(2, work) == [(3, "step_00000003")] * 2
 
 
+def test_ranks_wait_for_what_one_does_at_a_checkpoint(toy, on_ranks, tmp_path):
+    """The next step begins when the main rank has drawn its samples."""
+
+    def work():
+        import time
+
+        from wellposed.training import Callback
+
+        times = {}
+
+        class Draw(Callback):
+            def on_checkpoint(self, run, path):
+                if run.workers.is_main:
+                    time.sleep(0.3)
+                    times["drawn"] = time.monotonic()
+
+        class Told(type(toy.data())):
+            def batch_at(self, step, part=0, parts=1):
+                times[step] = time.monotonic()
+                return super().batch_at(step, part, parts)
+
+        data = Told(dataset=toy.Points(), batch_size=8)
+        train(toy.player(), data, toy.config(max_steps=2, checkpoint_every=1), tmp_path, callbacks=[Draw()])
+        return times
+
+    main, other = on_ranks(2, work)
+    assert other[1] >= main["drawn"]  # one clock for all processes of a machine
+
+
 def test_evaluating_a_sharded_model_leaves_it_as_it_was(toy, on_ranks, tmp_path):
     """FSDP2 could go on computing with a gathered copy of the averaged weights."""
 

@@ -378,6 +378,7 @@ def test_metrics_and_callbacks(toy, tmp_path):
     assert set(lines[0]) == {
         "step",
         *CLOCKED,
+        "samples",
         *(f"net/{m}" for m in ("loss", "grad_norm", "lr", "largest")),
     }
 
@@ -462,3 +463,40 @@ def test_on_cuda(toy, tmp_path, sharding):
         return {name: value for name, value in result.metrics.items() if name not in CLOCKED}
 
     assert run(tmp_path / "stopped", 3, 9) == run(tmp_path / "straight", 9)
+
+
+def test_each_share_is_fetched_when_it_is_its_turn(toy, tmp_path):
+    """One player holds one batch at a time; two see the same ones, which are asked for once."""
+    calls = []
+
+    class Told(type(toy.data())):
+        def batch_at(self, step, part=0, parts=1):
+            calls.append(f"fetch {step}.{part}")
+            return super().batch_at(step, part, parts)
+
+    def objective(models, batch, context):
+        calls.append(f"{context.player} {context.step}")
+        return toy.denoise(models, batch, context)
+
+    data = Told(dataset=toy.Points(), batch_size=8)
+    config = toy.config(gradient_accumulation=2, max_steps=1)
+    train(toy.player(objective=objective), data, config, tmp_path / "one")
+    assert calls == ["fetch 0.0", "net 0", "fetch 0.1", "net 0"]
+    calls.clear()
+    players = [toy.player(name=name, model=toy.network(), objective=objective) for name in ("a", "b")]
+    train(players, data, config, tmp_path / "two")
+    assert calls == ["fetch 0.0", "fetch 0.1", "a 0", "a 0", "b 0", "b 0"]
+
+
+def test_losses_of_groups_are_means_over_the_steps_since_the_last_line(toy, tmp_path):
+    def objective(models, batch, context):
+        loss, _ = toy.denoise(models, batch, context)
+        late = float(context.step >= 2)
+        # A quarter of the samples; none in the first steps.
+        return loss, {"sum_late": late * context.step / 4, "rows_late": late / 4, "size": 1.0}
+
+    train(toy.player(objective=objective), toy.data(), toy.config(max_steps=6, log_every=2), tmp_path)
+    lines = lines_of(tmp_path)
+    assert [line.get("net/loss_late") for line in lines] == [None, 2.5, 4.5]
+    assert not any("sum_" in name or "rows_" in name for line in lines for name in line)
+    assert all(line["net/size"] == 1.0 for line in lines)

@@ -13,6 +13,7 @@ that inference uses, and not the encoding of an empty prompt.
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
+from statistics import fmean
 from typing import NamedTuple, cast
 
 import torch
@@ -25,6 +26,7 @@ from wellposed.lens.latents import SIDE, encode_images
 from wellposed.lens.text_encoder import TextFeatures
 from wellposed.lens.transformer import LensTransformer2DModel, LensTransformerBlock
 from wellposed.training import Objective, StepContext
+from wellposed.training.metrics import ROWS, SUM
 
 __all__ = [
     "NOISE_LEVELS",
@@ -34,6 +36,7 @@ __all__ = [
     "freeze_unread",
     "loss_by_group",
     "text_to_image_objective",
+    "training_flops",
     "training_mu",
     "training_times",
 ]
@@ -41,8 +44,9 @@ __all__ = [
 NOISE_LEVELS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Bounds of the ranges of t for which the loss is logged."""
 
-SUM, ROWS = "sum_", "rows_"
 ONCE_AN_IMAGE = ("img_mod", "txt_mod", "time_text_embed", "norm_out")
+# What comes before all adapters: it reads images, text and times.
+FIRST = (*ONCE_AN_IMAGE, "img_in", "txt_in", "blocks.0.attn.img_qkv", "blocks.0.attn.txt_qkv")
 
 TextEncoder = Callable[[Sequence[str]], TextFeatures]
 
@@ -120,10 +124,9 @@ def text_to_image_objective(
 ) -> Objective:
     """Flow matching of a ``LensTransformer2DModel``.
 
-    The loss of a share is its mean, times the weight that its batch bears. Metrics split it by noise level and by grid:
-    ``sum_t0.25`` and ``rows_t0.25`` are the loss of rows with t in [0.25, 0.5) and their number, both divided by all
-    rows, so that their quotient is the mean there whatever shares they were averaged over
-    (:func:`loss_by_group`); ``sum_4x6`` and ``rows_4x6`` likewise by rows x columns.
+    The loss of a share is its mean, times the weight that its batch bears. It is also logged by noise level and by grid,
+    as ``loss_t0.25`` for rows with t in [0.25, 0.5), as ``loss_4x6`` for rows x columns of tokens, each without the
+    weight and over the steps since the last line (:class:`wellposed.training.metrics.GroupLosses`).
 
     Args:
         images: (batch, context) -> tokens: :func:`encoding`, or one that reads them.
@@ -189,20 +192,19 @@ def _contribution(group: str, losses: Tensor, inside: Tensor) -> dict[str, Tenso
 
 
 def loss_by_group(lines: Iterable[Mapping[str, float | int]], player: str) -> dict[str, float]:
-    """Mean losses by noise level and by grid over lines of a run's ``metrics.jsonl``; groups without rows are left out.
+    """Losses by noise level and by grid, each the mean over the lines of a ``metrics.jsonl`` that have it.
 
     Args:
         lines: any of them.
         player: the network's.
     """
-    totals: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    found: dict[str, list[float]] = defaultdict(list)
+    start = f"{player}/loss_"
     for line in lines:
-        for place, kind in enumerate((SUM, ROWS)):
-            start = f"{player}/{kind}"
-            for name in line:
-                if name.startswith(start):
-                    totals[name.removeprefix(start)][place] += line[name]
-    return {group: total / rows for group, (total, rows) in totals.items() if rows > 0}
+        for name in line:
+            if name.startswith(start):
+                found[name.removeprefix(start)].append(line[name])
+    return {group: fmean(losses) for group, losses in found.items()}
 
 
 def freeze_unread(network: LensTransformer2DModel) -> None:
@@ -213,13 +215,17 @@ def freeze_unread(network: LensTransformer2DModel) -> None:
     (``norm_added_q``, the query third of ``txt_qkv``, four chunks of ``txt_mod``) share tensors with living ones and
     get zeros.
     """
-    last = cast(LensTransformerBlock, network.transformer_blocks[-1])
-    for part in (last.attn.to_add_out, last.txt_norm2, last.txt_mlp):
+    for part in _unread(network):
         part.requires_grad_(False)
 
 
+def _unread(network: LensTransformer2DModel) -> tuple[nn.Module, ...]:
+    last = cast(LensTransformerBlock, network.transformer_blocks[-1])
+    return last.attn.to_add_out, last.txt_norm2, last.txt_mlp
+
+
 def forward_flops(network: LensTransformer2DModel, image_tokens: int, text_tokens: int) -> float:
-    """Floating-point operations of one image's forward pass; a training step has three times as many.
+    """Floating-point operations of one image's forward pass.
 
     Two for each weight of a matrix and each token that meets it, and 4 S^2 d for the two products of each attention
     over S = image and text tokens. Norms and rotations, below a percent, are left out.
@@ -229,16 +235,50 @@ def forward_flops(network: LensTransformer2DModel, image_tokens: int, text_token
         image_tokens: n.
         text_tokens: of one image.
     """
+    linear = _linear_flops(network, image_tokens, text_tokens, lambda name, module: 1)
+    return linear + _attention_flops(network, image_tokens, text_tokens)
+
+
+def training_flops(network: LensTransformer2DModel, image_tokens: int, text_tokens: int) -> float:
+    """Floating-point operations of one image in a step of training: forward and backward.
+
+    A backward pass multiplies twice for each product: for the one factor's gradient and for the other's. Attention thus
+    has three times the operations of its forward pass, whatever is trained, and so has a matrix that is trained. A
+    frozen one has twice as many, or once where nothing that is trained comes before it, or nothing that is read after.
+
+    Args:
+        network: with frozen what is not trained.
+        image_tokens: n.
+        text_tokens: of one image.
+    """
+    unread = {module for part in _unread(network) for module in part.modules()}
+
+    def passes(name: str, module: nn.Linear) -> int:
+        if module.weight.requires_grad:
+            return 3
+        return 1 if module in unread or any(part in name for part in FIRST) else 2
+
+    linear = _linear_flops(network, image_tokens, text_tokens, passes)
+    return linear + 3 * _attention_flops(network, image_tokens, text_tokens)
+
+
+def _linear_flops(
+    network: LensTransformer2DModel, image_tokens: int, text_tokens: int, passes: Callable[[str, nn.Linear], int]
+) -> float:
     once = by_image = by_text = 0
     for name, module in network.named_modules():
         if not isinstance(module, nn.Linear):
             continue
+        weights = passes(name, module) * module.weight.numel()
         if any(part in name for part in ONCE_AN_IMAGE):
-            once += module.weight.numel()
+            once += weights
         elif "txt_" in name or "to_add_out" in name:
-            by_text += module.weight.numel()
+            by_text += weights
         else:
-            by_image += module.weight.numel()
+            by_image += weights
+    return 2.0 * (once + by_image * image_tokens + by_text * text_tokens)
+
+
+def _attention_flops(network: LensTransformer2DModel, image_tokens: int, text_tokens: int) -> float:
     width = network.config["num_attention_heads"] * network.config["attention_head_dim"]
-    attention = 4 * (image_tokens + text_tokens) ** 2 * width * network.config["num_layers"]
-    return 2.0 * (once + by_image * image_tokens + by_text * text_tokens) + attention
+    return 4.0 * (image_tokens + text_tokens) ** 2 * width * network.config["num_layers"]

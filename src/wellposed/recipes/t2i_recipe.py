@@ -141,6 +141,9 @@ class TextToImageRecipe(Recipe):
         cache_features: keep text features on disk, so that every caption is encoded once.
         shown: prompts of the pictures that each checkpoint leaves.
         shown_captions: how many captions of the corpus are drawn beside them.
+
+    Raises:
+        ValueError: no stage, or several without a network: what is trained of another pipeline is kept at the end.
     """
 
     corpus: Source
@@ -155,6 +158,13 @@ class TextToImageRecipe(Recipe):
     cache_features: bool = True
     shown: tuple[str, ...] = field(default_factory=tuple[str, ...])
     shown_captions: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.stages or (self.network is None and len(self.stages) > 1):
+            raise ValueError(
+                f"{self.name} has {len(self.stages)} stages; give at least one, and one alone where the run goes on "
+                "from another pipeline"
+            )
 
     @property
     def options(self) -> frozenset[str]:

@@ -1,7 +1,7 @@
 """The stages of a run that draws prompts: corpus, autoencoder, text encoder, one or more of pre-training."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,8 +21,8 @@ from wellposed.lens.text_encoder import LensTextEncoder, TextFeatures
 from wellposed.lens.transformer import LensTransformer2DModel
 from wellposed.recipes.ddpm_draw import grid_columns
 from wellposed.recipes.lens_base import BaseTextEncoder, write_reference
-from wellposed.recipes.optimize import player, seeded_network, training_config
-from wellposed.recipes.stages import StageOptions, Trained, frozen_on
+from wellposed.recipes.optimize import component_config, player, seeded_network, training_config
+from wellposed.recipes.stages import StageOptions
 from wellposed.recipes.t2i_counts import CountedCaptions
 from wellposed.recipes.t2i_draw import draw_prompts, lens_pipeline
 from wellposed.recipes.t2i_recipe import PretrainingStage, Source, TextToImageRecipe
@@ -30,7 +30,7 @@ from wellposed.recipes.t2i_weights import AdapterBeside, WholeNetwork
 from wellposed.training import Callback, Prefetched, Run, export_pretrained, replaced_folder, train
 from wellposed.training.distributed import Workers, worker_group
 
-__all__ = ["Parts", "first_on_main", "pretraining_stage", "shown_captions", "text_features"]
+__all__ = ["Parts", "Pretrained", "first_on_main", "pretraining_stage", "shown_captions", "text_features"]
 
 NETWORK = "network"
 FINISHED = "model"
@@ -54,11 +54,24 @@ class Parts:
     text_encoder: LensTextEncoder | BaseTextEncoder
 
 
+@dataclass(frozen=True, kw_only=True)
+class Pretrained:
+    """What a stage leaves, beside its folder. No network: the next stage has a use for the memory.
+
+    Attributes:
+        network: configuration of the network.
+        metrics: the last of training.
+    """
+
+    network: Mapping[str, Any]
+    metrics: Mapping[str, float]
+
+
 def first_on_main(source: Source, folder: Path, data: Path, made_for: Any, options: StageOptions) -> Any:
     """A part of the run: the main rank makes it, the others find it made."""
     with worker_group(options.device) as workers:
         mine = source.get(folder, data, made_for, options.seed, options.device) if workers.is_main else None
-        workers.any(False)
+        workers.wait()
         return mine if workers.is_main else source.get(folder, data, made_for, options.seed, options.device)
 
 
@@ -93,12 +106,12 @@ def pretraining_stage(
     folder: Path,
     options: StageOptions,
     *,
-    before: LensTransformer2DModel | None = None,
+    before: Path | None = None,
     features: Path | None = None,
     export: Path | None = None,
     samples: Path | None = None,
     callbacks: Sequence[Callback] = (),
-) -> Trained[LensTransformer2DModel]:
+) -> Pretrained:
     """One stage; the network with its averaged weights is kept in ``folder/model``, unless the run goes on from another
     pipeline: then ``export`` has what was trained of it.
 
@@ -108,7 +121,7 @@ def pretraining_stage(
         parts: what it is trained with.
         folder: of checkpoints and metrics.
         options: steps, seed, device.
-        before: the network of the stage before, from whose weights this one goes on; None to begin.
+        before: folder of the stage before, from whose weights this one goes on; None to begin.
         features: folder of text features; None to encode captions in every step.
         export: where the pipeline goes at every checkpoint; None for nowhere.
         samples: where pictures of the recipe's prompts go at every checkpoint; None for nowhere.
@@ -140,7 +153,7 @@ def pretraining_stage(
         else:
             nn.Module.to(parts.text_encoder.model, workers.device)
         weights = _weights(recipe, stage, parts, before, options.seed, workers.device)
-        counted = CountedCaptions(planned, weights.network, parts.text_encoder, side=side, passes=weights.passes)
+        counted = CountedCaptions(planned, weights.network, parts.text_encoder, side=side)
         result = train(
             player(NETWORK, weights.module, objective, stage.training, steps=steps),
             Prefetched(counted),
@@ -155,29 +168,26 @@ def pretraining_stage(
             folder,
             callbacks=[_ExportAndShow(recipe, parts, weights, text, shown, export, samples, options.seed), *callbacks],
         )
-        average = result.averages.get(NETWORK)
-        if isinstance(parts.text_encoder, BaseTextEncoder):
-            if average:
-                average.copy_to_model()
-            return Trained(model=frozen_on(weights.network, workers), metrics=result.metrics)
-        export_pretrained(weights.network, folder / FINISHED, average=average)
-        workers.any(False)  # the others load it next
-        model = frozen_on(LensTransformer2DModel.from_pretrained(folder / FINISHED), workers)
-        return Trained(model=model, metrics=result.metrics)
+        if not isinstance(parts.text_encoder, BaseTextEncoder):
+            export_pretrained(weights.network, folder / FINISHED, average=result.averages.get(NETWORK))
+            workers.wait()  # all load it next
+        return Pretrained(network=component_config(weights.network), metrics=result.metrics)
 
 
 def _weights(
     recipe: TextToImageRecipe,
     stage: PretrainingStage,
     parts: Parts,
-    before: LensTransformer2DModel | None,
+    before: Path | None,
     seed: int,
     device: torch.device,
 ) -> WholeNetwork | AdapterBeside:
     """The network, and what of it this stage trains."""
-    network: LensTransformer2DModel = seeded_network(lambda: _network(recipe, stage, parts), seed)
-    if before is not None:
-        network.load_state_dict(before.state_dict())
+    network: LensTransformer2DModel = (
+        seeded_network(lambda: _network(recipe, stage, parts), seed)
+        if before is None
+        else LensTransformer2DModel.from_pretrained(before / FINISHED)
+    )
     if stage.gradient_checkpointing:
         network.enable_gradient_checkpointing()
     if stage.adapter is None:
@@ -217,7 +227,7 @@ def _encode_first(encoder: BaseTextEncoder, captions: Sequence[str], features: P
     """Every rank encodes its part of the captions, before there is a network in memory."""
     if features is not None:
         encoder.encode_then_free(sorted(set(captions))[workers.rank :: workers.world_size], features)
-    workers.any(False)
+    workers.wait()
 
 
 def _note_buckets(report: BucketReport, folder: Path) -> None:

@@ -15,7 +15,10 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from wellposed.lens.adapters import need_peft
+from wellposed.lens.captioning import PUBLISHED_MEAN_WORDS, USUAL_WORDS
 from wellposed.recipes.device import resolved_device
 from wellposed.recipes.optimize import component_config
 from wellposed.recipes.recipe import TrainedRun
@@ -61,33 +64,44 @@ def train_t2i(
         write_json(run.path / "stages.json", [*(stage.name for stage in recipe.stages[:-1]), "."])
     with worker_group(device):  # one group for all stages
         corpus = first_on_main(recipe.corpus, run.path / "corpus", recipe.folder, recipe, options)
-        settings["shown_captions"] = shown_captions(recipe, corpus)
+        settings |= {"shown_captions": shown_captions(recipe, corpus), "dataset": _about(corpus)}
         if is_main_process():
             write_json(run.settings_file, settings)  # whoever samples before the end finds them
         autoencoder = recipe.autoencoder.get(run.path / "autoencoder", recipe.folder, corpus, seed, device)
         text_encoder = first_on_main(recipe.text_encoder, run.path / "text_encoder", recipe.folder, corpus, options)
         parts = Parts(corpus=corpus, autoencoder=autoencoder, text_encoder=text_encoder)
-        network, metrics = None, {}
+        before, metrics = None, {}
         for place, stage in enumerate(recipe.stages):
             is_last = place == len(recipe.stages) - 1
+            folder = run.path if is_last else run.path / stage.name
             trained = pretraining_stage(
                 recipe,
                 stage,
                 parts,
-                run.path if is_last else run.path / stage.name,
+                folder,
                 options,
-                before=network,
+                before=before,
                 features=run.path / "features" if recipe.cache_features else None,
                 export=run.pipeline,
                 samples=run.samples / stage.name,
             )
-            network = trained.model
+            before = folder
+            settings["network"] = trained.network
             metrics |= {f"{stage.name}/{name}": value for name, value in trained.metrics.items()}
-    settings |= {
-        "dataset": {"images": len(corpus), "fingerprint": corpus.fingerprint()},
-        "network": component_config(network),
-        "vae": component_config(autoencoder),
-    }
+    settings["vae"] = component_config(autoencoder)
     if is_main_process():
         write_json(run.settings_file, settings)
     return TrainedRun(folder=run.path, settings=settings, metrics=metrics)
+
+
+def _about(corpus: Any) -> dict[str, Any]:
+    """What it is trained on; the main rank also counts the words of its captions, if the corpus does."""
+    about: dict[str, Any] = {"images": len(corpus), "fingerprint": corpus.fingerprint()}
+    if is_main_process() and hasattr(corpus, "word_histogram"):
+        about["caption_words"] = {
+            "mean": round(float(np.mean(corpus.words())), 2),
+            "published_mean": PUBLISHED_MEAN_WORDS,
+            "usual": USUAL_WORDS,
+            "histogram": {f"{least} to {least + 9}": count for least, count in corpus.word_histogram().items()},
+        }
+    return about

@@ -22,13 +22,10 @@ class WholeNetwork:
     Attributes:
         network: the network.
         module: what is trained: the same.
-        passes: forward passes that a step of training costs.
 
     Args:
         network: what it reads is unfrozen, the rest frozen, in place.
     """
-
-    passes = 3
 
     def __init__(self, network: LensTransformer2DModel) -> None:
         freeze_unread(network)
@@ -60,7 +57,6 @@ class AdapterBeside:
     Attributes:
         network: the network with its adapter.
         module: what is trained: the adapter.
-        passes: forward passes that a step of training costs.
 
     Args:
         network: gets an adapter, in place.
@@ -68,8 +64,6 @@ class AdapterBeside:
         seed: of its weights.
         device: where the network is to compute.
     """
-
-    passes = 2
 
     def __init__(
         self, network: LensTransformer2DModel, settings: LoraSettings, *, seed: int, device: torch.device

@@ -170,7 +170,7 @@ class Prefetched:
         return getattr(self.data, "steps_per_epoch", None)
 
     @property
-    def counts_at(self) -> Callable[[int], Mapping[str, float]] | None:
+    def counts_at(self) -> Callable[[int, int, int], Mapping[str, float]] | None:
         """That of the data, where they count."""
         return getattr(self.data, "counts_at", None)
 

@@ -46,10 +46,14 @@ class Workers:
 
     def mean(self, values: Mapping[str, Tensor]) -> dict[str, float]:
         """Scalars averaged over the ranks, as numbers. The one point of a step where the CPU waits for the device."""
+        return {name: total / self.world_size for name, total in self.sum(values).items()}
+
+    def sum(self, values: Mapping[str, Tensor]) -> dict[str, float]:
+        """Scalars added up over the ranks, which all have the same names."""
         stacked = torch.stack([value.detach() for value in values.values()]).cpu().double()
         if self.world_size > 1:  # alone, gloo would still hand it to its thread and wait: a tenth of a small step
             dist.all_reduce(stacked)
-        return dict(zip(values, (stacked / self.world_size).tolist(), strict=True))
+        return dict(zip(values, stacked.tolist(), strict=True))
 
     def any(self, flag: bool) -> bool:
         """True on every rank if it is true on one."""
@@ -58,6 +62,10 @@ class Workers:
         answer = torch.tensor(int(flag))
         dist.all_reduce(answer, op=dist.ReduceOp.MAX)
         return bool(answer)
+
+    def wait(self) -> None:
+        """Until every rank is here."""
+        self.any(False)
 
     def main_does(self, work: Callable[[], T]) -> T:
         """The result of ``work`` on the main rank, on every rank; its ``OSError`` too, so that nobody waits in vain."""

@@ -114,7 +114,7 @@ def train(
             meter.count(run.step - 1, run.step_samples, run.step_flops)
             report.show(run.step, _summary(run.metrics))
             if run.step % config.log_every == 0:
-                record = {"step": run.step, **run.metrics, **meter.rates()}
+                record = {"step": run.step, **run.metrics, **run.group_losses.take(), **meter.rates()}
                 if metrics:
                     metrics.write(record)
                 for callback in callbacks:
@@ -127,6 +127,7 @@ def train(
                 meter.write()
                 for callback in callbacks:
                     callback.on_checkpoint(run, checkpoint)
+                workers.wait()  # here, and not in the next step's collectives, which devices give up after minutes
                 if run.step < config.max_steps and stopping:
                     raise TrainingInterrupted(run.step, checkpoint)
     assert checkpoint is not None  # the last step is always saved

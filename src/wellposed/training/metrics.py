@@ -11,11 +11,43 @@ from typing import IO, Protocol, runtime_checkable
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-__all__ = ["MetricsFile", "ProgressReport", "plain_duration"]
+__all__ = ["ROWS", "SUM", "GroupLosses", "MetricsFile", "ProgressReport", "plain_duration"]
+
+SUM, ROWS = "sum_", "rows_"
+"""Prefixes of an objective's metrics that belong to a group of samples, see :class:`GroupLosses`."""
 
 SECONDS_BETWEEN_PLAIN_LINES = 10.0
 
 logger = logging.getLogger(__name__)
+
+
+class GroupLosses:
+    """Mean losses of groups of samples, such as those of one noise level, over the steps between two lines.
+
+    A step may have few samples of a group or none. An objective therefore gives no means but, for a group NAME,
+    ``sum_NAME``, the sum of its losses, and ``rows_NAME``, the number of its samples, both divided by all samples of
+    the share. Their quotient over many steps is the mean. A session begins with none, also in the middle of a line.
+    """
+
+    def __init__(self) -> None:
+        self._totals: dict[str, list[float]] = {}
+
+    def split(self, player: str, values: Mapping[str, float]) -> dict[str, float]:
+        """Add up what a step of a player says of groups; returns its other metrics."""
+        others: dict[str, float] = {}
+        for name, value in values.items():
+            place = next((i for i, start in enumerate((SUM, ROWS)) if name.startswith(start)), None)
+            if place is None:
+                others[name] = value
+            else:
+                group = name.removeprefix((SUM, ROWS)[place])
+                self._totals.setdefault(f"{player}/loss_{group}", [0.0, 0.0])[place] += value
+        return others
+
+    def take(self) -> dict[str, float]:
+        """The means since this was last asked, as ``"<player>/loss_<group>"``; groups without samples are left out."""
+        totals, self._totals = self._totals, {}
+        return {name: total / rows for name, (total, rows) in totals.items() if rows > 0}
 
 
 class MetricsFile:

@@ -18,7 +18,8 @@ class Objective(Protocol):
     """A loss: called with every player's model by name, one share of the batch, and the step's context.
 
     Returns the loss, a *mean* over the share's samples (shares are equal, so that the mean of their losses is the loss
-    of the whole batch), and further scalars to be logged, with the same names on every rank.
+    of the whole batch), and further scalars to be logged, with the same names on every rank. Those called ``sum_NAME``
+    and ``rows_NAME`` become ``loss_NAME`` (:class:`wellposed.training.metrics.GroupLosses`).
 
     The own model is ``models[context.player]``. Gradients reach the own model's weights only: those of the others are
     frozen meanwhile, though the loss may be differentiated through them (a generator's loss through its discriminator).

@@ -1,7 +1,7 @@
 """A run in progress: live players, and one step of them."""
 
 import math
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -21,6 +21,7 @@ from wellposed.training.context import StepContext, derived_seed
 from wellposed.training.data_plan import TrainingData, to_device
 from wellposed.training.distributed import Workers, average_gradients, broadcast_tensors, shard_model
 from wellposed.training.flops import FlopCounter
+from wellposed.training.metrics import GroupLosses
 from wellposed.training.players import Player
 
 __all__ = ["LivePlayer", "NonFiniteError", "Run"]
@@ -100,6 +101,7 @@ class Run:
         models: every player's model by name.
         averages: the averaged weights of the players that keep them.
         metrics: the latest loss, gradient norm, learning rate and further scalars, as ``"<player>/<metric>"``.
+        group_losses: of the steps since the last line of metrics.
         step_samples: samples of the latest step, over all ranks.
         step_flops: model FLOPs of the latest step, over all ranks, as every player's first update had them; None where
             they cannot be counted: a compiled model would run uncompiled meanwhile.
@@ -112,6 +114,7 @@ class Run:
         self.workers = workers
         self.step = 0
         self.metrics: dict[str, float] = {}
+        self.group_losses = GroupLosses()
         self.step_samples = 0
         self.step_flops: float | None = None
         self.players = {player.name: LivePlayer(player, config, workers) for player in players}
@@ -148,22 +151,29 @@ class Run:
         parts = self.workers.world_size * self.config.gradient_accumulation
         mine = range(self.workers.rank, parts, self.workers.world_size)
         shares = data.shares_at(self.step, parts)
-        batches = {part: data.batch_at(self.step, part, parts) for part in mine}
         playing = [name for name, live in self.players.items() if live.player.plays_in(self.step)]
+
+        def fetched() -> Iterator[tuple[int, Any]]:
+            return ((part, data.batch_at(self.step, part, parts)) for part in mine)
+
+        # Of one player each batch is gone before the next is here; several share them, and data are asked once.
+        kept = None if len(playing) == 1 else list(fetched())
         for name in playing:
-            self._update(self.players[name], batches, shares)
+            self._update(self.players[name], fetched() if kept is None else kept, shares, len(mine))
         flops = [self._update_flops.get(name) for name in playing]
         self.step_flops = None if None in flops else sum(filter(None, flops))
         self.step_samples = sum(map(len, shares))
         self.step += 1
 
-    def _update(self, live: LivePlayer, batches: Mapping[int, Any], shares: Sequence[range]) -> None:
+    def _update(
+        self, live: LivePlayer, batches: Iterable[tuple[int, Any]], shares: Sequence[range], count: int
+    ) -> None:
         name = live.player.name
         totals: dict[str, Tensor] = {}
         batch_size = sum(map(len, shares))
         counter = FlopCounter() if self._counts_flops and name not in self._update_flops else None
         with _only_trainable(name, self.models):
-            for part, batch in batches.items():
+            for part, batch in batches:
                 context = StepContext(
                     player=name,
                     step=self.step,
@@ -172,7 +182,7 @@ class Run:
                     batch_size=batch_size,
                     device=self.workers.device,
                 )
-                for metric, value in self._backward(live, batch, context, len(batches), counter).items():
+                for metric, value in self._backward(live, batch, context, count, counter).items():
                     totals[metric] = totals[metric] + value if metric in totals else value
         if counter:
             self._update_flops[name] = self._on_all_ranks(counter)
@@ -181,6 +191,7 @@ class Run:
         totals["grad_norm"] = live.gradient_norm()
         values = self.workers.mean(totals)
         self._refuse_non_finite(name, values)
+        values = self.group_losses.split(name, values)
         values["lr"] = live.optimizer.param_groups[0]["lr"]
         live.apply_gradients()
         # Running statistics differ between ranks; as DistributedDataParallel does, the main rank's count.
@@ -189,7 +200,7 @@ class Run:
 
     def _on_all_ranks(self, counter: FlopCounter) -> float | None:
         counted = torch.tensor(counter.flops if counter.complete else math.nan, dtype=torch.float64)
-        total = self.workers.mean({"flops": counted})["flops"] * self.workers.world_size
+        total = self.workers.sum({"flops": counted})["flops"]
         return None if math.isnan(total) else total
 
     def _backward(

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from wellposed.training.data_plan import TrainingData
 from wellposed.training.distributed import Workers
 from wellposed.training.flops import Arithmetic, device_name, device_peak
@@ -133,10 +135,11 @@ def usage_before(path: Path, at_checkpoint: Mapping[str, Any]) -> Usage | None:
 class UsageMeter:
     """Keeps the account of one session of a run, on top of what earlier ones used. Every rank counts, the main writes.
 
-    Data may offer two things beyond :class:`TrainingData`. ``counts_at(step) -> Mapping[str, float]`` says what the
-    step amounts to over all its shares: "flops" are its model FLOPs, which are exact even where steps differ and take
-    the place of the loop's own count; other names are the data's. The main rank alone asks. ``captioning_cost`` maps
-    units to amounts.
+    Data may offer two things beyond :class:`TrainingData`. ``counts_at(step, part, parts) -> Mapping[str, float]`` says
+    what every ``parts``-th share of a step amounts to, beginning with number ``part``: "flops" are its model FLOPs,
+    which are exact even where steps differ and take the place of the loop's own count; other names are the data's, and
+    the same for all. Each rank asks for the shares that it has computed, and the sums are added up.
+    ``captioning_cost`` maps units to amounts.
 
     Args:
         path: where ``usage.json`` is to be.
@@ -158,9 +161,7 @@ class UsageMeter:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._path, self._workers, self._clock = path, workers, clock
-        self._counts_at: Callable[[int], Mapping[str, float]] | None = (
-            getattr(data, "counts_at", None) if workers.is_main else None
-        )
+        self._counts_at: Callable[[int, int, int], Mapping[str, float]] | None = getattr(data, "counts_at", None)
         # The main rank's for all of them, so that all log the same.
         device, peak = workers.main_does(lambda: (device_name(workers.device), device_peak(workers.device, arithmetic)))
         hardware: dict[str, Any] = {
@@ -181,8 +182,7 @@ class UsageMeter:
         Raises:
             ValueError: the data count something negative or not finite.
         """
-        counts = {name: float(n) for name, n in self._counts_at(step).items()} if self._counts_at else {}
-        _check_amounts(counts, f"counts_at({step}) of the data says ")
+        counts = self._counts_of(step)
         flops = counts.pop("flops", flops)
         done = self._counted
         counters = dict(done.counters)
@@ -198,6 +198,15 @@ class UsageMeter:
         if self._clock() - self._written > SECONDS_BETWEEN_WRITES:
             self.write()
 
+    def _counts_of(self, step: int) -> dict[str, float]:
+        own = self._counts_at(step, self._workers.rank, self._workers.world_size) if self._counts_at else {}
+        if not own:
+            return {}
+        counts = self._workers.sum({name: torch.tensor(float(own[name]), dtype=torch.float64) for name in sorted(own)})
+        # All of them see what is wrong with one.
+        _check_amounts(counts, f"counts_at({step}) of the data says ")
+        return counts
+
     def usage(self) -> Usage:
         """What the run has used until now."""
         seconds = self._clock() - self._started
@@ -210,11 +219,15 @@ class UsageMeter:
         )
 
     def rates(self) -> dict[str, float]:
-        """For a line of metrics: samples/s and MFU since the last one, and the seconds of the whole run."""
+        """For a line of metrics: samples/s and MFU since the last one, samples and seconds of the whole run."""
         now, last = self.usage(), self._asked
         self._asked = now
         per_second = (now.samples - last.samples) / (now.seconds - last.seconds)
-        rates = {"samples_per_second": round(per_second, 3), "seconds": round(now.seconds, 3)}
+        rates = {
+            "samples_per_second": round(per_second, 3),
+            "samples": now.samples,
+            "seconds": round(now.seconds, 3),
+        }
         if now.model_flops is not None and last.model_flops is not None:
             rates["mfu"] = (now.model_flops - last.model_flops) / (now.peak_flop - last.peak_flop)
         return rates
