@@ -29,6 +29,10 @@ THREE = Buckets(
 )
 
 
+class Largest(Buckets):
+    """Another rule of choice."""
+
+
 class Pictures:
     """Pictures of given sizes; the pixels say which one it is, the caption also in which epoch."""
 
@@ -219,9 +223,22 @@ def test_fingerprint_sees_what_the_order_depends_on():
         planned(many(seed=1)),
         planned(buckets=Buckets(by_base=THREE.by_base, batch_sizes=THREE.batch_sizes, tolerance=0.1)),
         planned(buckets=Buckets(by_base=THREE.by_base, batch_sizes={4: 6, 8: 3, 12: 1})),
+        planned(buckets=Largest(by_base=THREE.by_base, batch_sizes=THREE.batch_sizes)),
     ]
     assert len({str(data.fingerprint()) for data in others}) == len(others)
     assert planned().fingerprint() == planned().fingerprint()
+
+
+def test_enlargement_is_refused_before_the_first_batch(tmp_path):
+    """A picture that lacks a pixel would stop a set that enlarges none in the middle of training."""
+    file = io.BytesIO()
+    Image.new("RGB", (7, 8)).save(file, "PNG")
+    write_shards([ShardSample(key="0", picture=file.getvalue(), caption="a picture")], tmp_path)
+    tolerant = Buckets.fixed(Size(8, 8), batch_size=1, tolerance=0.2)
+    with pytest.raises(ValueError, match=r"tolerate an enlargement by 0\.2, .* upscale=True, or write tolerance=0"):
+        planned(ShardedImages.open(tmp_path), buckets=tolerant)
+    data = planned(ShardedImages.open(tmp_path, upscale=True), buckets=tolerant, shares=1)
+    assert data.batch_at(0, 0, 1).images.shape == (1, 3, 8, 8)
 
 
 def test_bad_plans():

@@ -84,7 +84,8 @@ class BucketedBatches:
             their pixels, so that the mean over the step is the mean over its tokens.
 
     Raises:
-        ValueError: fewer than one share, an unknown weighting, or no picture that is large enough.
+        ValueError: fewer than one share, an unknown weighting, no picture that is large enough, or buckets that take
+            pictures which the data set would have to enlarge and does not.
     """
 
     dataset: SizedImages
@@ -99,6 +100,12 @@ class BucketedBatches:
             raise ValueError(f"shares is {self.shares}; give ranks x gradient_accumulation, at least 1")
         if self.weighting not in get_args(Weighting):
             raise ValueError(f"weighting is {self.weighting!r}; write one of {', '.join(get_args(Weighting))}")
+        # Data that say nothing of it make pictures of any size.
+        if self.buckets.tolerance > 0 and not getattr(self.dataset, "upscale", True):
+            raise ValueError(
+                f"the buckets tolerate an enlargement by {self.buckets.tolerance:g}, and the data set enlarges no "
+                "picture; open it with upscale=True, or write tolerance=0"
+            )
         if not self._most_images.any():
             raise ValueError(
                 f"none of {len(self.dataset)} pictures is large enough for a bucket; give smaller shapes or a tolerance"
@@ -177,7 +184,8 @@ class BucketedBatches:
 
     def fingerprint(self) -> dict[str, int | str]:
         """Everything the order depends on, and the data set's own hash."""
-        about = repr((self.buckets.shapes, sorted(self.buckets.batch_sizes.items()), self.buckets.tolerance))
+        rule = type(self.buckets).__name__  # how pictures are assigned is the class's
+        about = repr((rule, self.buckets.shapes, sorted(self.buckets.batch_sizes.items()), self.buckets.tolerance))
         return {
             "samples": len(self.dataset),
             "shares": self.shares,
