@@ -250,6 +250,29 @@ def test_a_run_in_stages_is_their_sum(tmp_path):
     assert (setting.model_flops, setting.caption_words) == (None, None)
 
 
+def test_losses_of_a_run_are_its_history(tmp_path):
+    """In stages, one after the other by the samples seen; what is measured besides is in the same history."""
+    folder = make_run(
+        tmp_path / "run", usage(samples=100), stages=["low", "."], history={"fid": [[10, 9.0], [20, 3.0]]}
+    )
+    make_run(folder / "low", usage(samples=400))
+    for where, losses in ((folder / "low", (4.0, 2.0)), (folder, (math.nan, 1.0, 0.5))):
+        lines = [
+            {"step": n, "net/loss": loss, "net/lr": 1.0, "samples": 50 * n} for n, loss in enumerate(losses, start=1)
+        ]
+        (where / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    setting = read_setting(folder, "run")
+    assert setting.history["loss"] == [(50, 4.0), (100, 2.0), (500, 1.0), (550, 0.5)]
+    assert setting.history.keys() == {"loss", "net/loss", "fid"}
+    assert setting.samples_to(Target(metric="loss", value=0.75)) == pytest.approx(math.sqrt(500 * 550))
+    (folder / "metrics.jsonl").write_text(
+        '{"step": 1, "net/loss": 1.0, "samples": 50}\n{"step": 2, "judge/loss": 1.0}\n'
+    )
+    assert "loss" in read_setting(folder, "run").history
+    (folder / "metrics.jsonl").write_text('{"step": 1, "judge/loss": 1.0, "samples": 50}\n')
+    assert read_setting(folder, "run").history.keys() == {"net/loss", "judge/loss", "fid"}
+
+
 def test_what_is_special_about_a_run_is_noted():
     setting = setting_of([usage(peak_source="measured", repeated_steps=7)], "run")
     assert "measured, not nominal" in setting.notes[0]

@@ -2,7 +2,7 @@ import stat
 
 import pytest
 
-from wellposed.report.files import write_atomically
+from wellposed.report.files import read_metrics, write_atomically
 
 
 def test_folders_are_made_and_nothing_else_is_left(tmp_path):
@@ -27,3 +27,19 @@ def test_an_interruption_leaves_the_previous_file(tmp_path, monkeypatch):
         write_atomically(path, b"after")
     assert path.read_bytes() == b"before"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_metrics_keep_the_last_line_of_a_step_and_drop_a_torn_one(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 2.0}\n\n{"step": 2, "loss": 1.0}\n{"step": 2, "loss": 0.5}\n{"step": 3, "lo')
+    assert [row["loss"] for row in read_metrics(path)] == [2.0, 0.5]
+
+
+def test_damaged_metrics_are_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1\n{"step": 2}\n')
+    with pytest.raises(ValueError, match="line 1 is not JSON"):
+        read_metrics(path)
+    path.write_text("[1]\n")
+    with pytest.raises(ValueError, match="line 1 holds a list"):
+        read_metrics(path)

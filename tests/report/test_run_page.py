@@ -1,5 +1,4 @@
 import json
-import math
 import os
 import time
 from datetime import UTC, datetime
@@ -10,7 +9,7 @@ import torch
 
 from wellposed.report.pictures import tile_images
 from wellposed.report.record import new_record, write_record
-from wellposed.report.run_page import read_metrics, read_run, report_runs, smoothed, text_picture
+from wellposed.report.run_page import read_run, report_runs, text_picture
 
 
 def make_run(folder, *, rate=0.001, frechet=3.25, steps=60):
@@ -81,6 +80,62 @@ def test_what_a_run_used_is_shown(tmp_path):
     assert "<code>other</code>" not in section
 
 
+def test_the_costs_of_two_runs_are_compared(tmp_path):
+    runs = [make_run(tmp_path / name / "run") for name in ("a", "b")]
+    for folder, hours in zip(runs, (1, 4), strict=True):
+        used = {
+            "device": "NVIDIA A100-SXM4-80GB",
+            "kind": "cuda",
+            "devices": 1,
+            "peak_flop_per_second": 312e12,
+            "peak_source": "nominal",
+            "seconds": 3600.0 * hours,
+            "device_seconds": 3600.0 * hours,
+            "peak_flop": 3600 * 312e12 * hours,
+            "samples": 400,
+            "model_flops": 1e17,
+        }
+        (folder / "usage.json").write_text(json.dumps(used))
+    section = report_runs(runs, tmp_path / "r.html").read_text().split('<section id="efficiency">')[1]
+    section = section.split("</section>")[0]
+    for words in (
+        "utilisation",
+        ">0.2500<",
+        "all of them",
+        "a/run took 0.2500 of the peak FLOP of b/run",
+        "normalised",
+    ):
+        assert words in section, words
+
+
+def test_losses_of_groups_are_a_picture_of_each_kind(tmp_path):
+    folder = make_run(tmp_path / "run")
+    rows = [
+        {"step": s, "net/loss": 1 / s, "net/loss_t0": 2 / s, "net/loss_t0.25": 1 / s, "net/loss_4x6": 1 / s}
+        for s in range(1, 9)
+    ]
+    del rows[3]["net/loss_t0"]  # no sample had that level
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    html = report_runs([folder], tmp_path / "r.html").read_text()
+    found = [f"line plot of {name} over steps" for name in ("net/loss", "net/loss by noise level", "net/loss by size")]
+    assert all(words in html for words in found)
+    assert html.count("line plot of") == 3
+    two = report_runs([folder, make_run(tmp_path / "other")], tmp_path / "r.html").read_text()
+    assert "line plot of net/loss by size of run over steps" in two and "size of other" not in two
+
+
+def test_pictures_of_stages_are_shown(tmp_path):
+    folder = make_run(tmp_path / "run")
+    content = (folder / "samples" / "step-000010.png").read_bytes()
+    for number, name in enumerate(("low/step_00000010", "high/step_00000020", "drawn/0000")):
+        path = folder / "samples" / f"{name}.png"
+        path.parent.mkdir()
+        path.write_bytes(content)
+        os.utime(path, (1000 + number, 1000 + number))
+    names = [name for name, _ in read_run(folder).pictures]
+    assert names == ["high/step_00000020", "low/step_00000010", "step-000050", "step-000010"]
+
+
 def test_a_run_that_is_not_finished_is_shown_as_far_as_it_is(tmp_path):
     folder = make_run(tmp_path / "young")
     (folder / "record.json").unlink()
@@ -107,22 +162,6 @@ def test_losses_that_are_not_numbers_do_not_stop_the_page(tmp_path):
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 60, "model/loss": null}\n{"step": 61, "model/loss": -1.0}\n{"step": 62, "other": 1}\n')
     assert 'id="curves"' in report_runs([folder], tmp_path / "r.html").read_text()
-
-
-def test_metrics_keep_the_last_line_of_a_step_and_drop_a_torn_one(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1, "loss": 2.0}\n\n{"step": 2, "loss": 1.0}\n{"step": 2, "loss": 0.5}\n{"step": 3, "lo')
-    assert [row["loss"] for row in read_metrics(path)] == [2.0, 0.5]
-
-
-def test_damaged_metrics_are_named(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1\n{"step": 2}\n')
-    with pytest.raises(ValueError, match="line 1 is not JSON"):
-        read_metrics(path)
-    path.write_text("[1]\n")
-    with pytest.raises(ValueError, match="line 1 holds a list"):
-        read_metrics(path)
 
 
 def test_only_the_latest_pictures_are_shown(tmp_path):
@@ -178,13 +217,6 @@ def test_folders_without_a_run_are_refused(tmp_path):
         report_runs([tmp_path / "none"], tmp_path / "r.html")
     with pytest.raises(ValueError, match=r"has no record\.json"):
         report_runs([tmp_path], tmp_path / "r.html")
-
-
-def test_smoothing_is_a_mean_over_neighbours():
-    assert smoothed([1.0, 2.0, 6.0, math.nan], 1)[:3] == [1.0, 2.0, 6.0]
-    assert smoothed([1.0, 2.0, 6.0, math.nan], 3) == [1.5, 3.0, 4.0, 6.0]
-    assert math.isnan(smoothed([math.nan], 3)[0])
-    assert smoothed([4.0] * 9, 5) == [4.0] * 9
 
 
 def test_what_persists_in_a_run_is_drawn(tmp_path):

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from wellposed.report.series import Reference, Series, decay_factor, fitted_slope
+from wellposed.report.series import Reference, Series, decay_factor, fitted_slope, smoothed
 
 STEPS = [8, 32, 128, 512]
 
@@ -52,3 +52,10 @@ def test_uneven_series_are_refused(parts, message):
 def test_a_reference_is_a_level_or_a_law(parts):
     with pytest.raises(ValueError, match="one number y and no x"):
         Reference(label="a", **parts)
+
+
+def test_smoothing_is_a_mean_over_neighbours():
+    assert smoothed([1.0, 2.0, 6.0, math.nan], 1)[:3] == [1.0, 2.0, 6.0]
+    assert smoothed([1.0, 2.0, 6.0, math.nan], 3) == [1.5, 3.0, 4.0, 6.0]
+    assert math.isnan(smoothed([math.nan], 3)[0])
+    assert smoothed([4.0] * 9, 5) == [4.0] * 9

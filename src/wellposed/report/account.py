@@ -19,7 +19,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
+from wellposed.report.files import read_metrics
 from wellposed.report.record import RECORD_FILE, read_record
+from wellposed.report.series import smoothed
+from wellposed.training import METRICS_FILE
 from wellposed.training.usage import USAGE_FILE, Usage, read_usage
 
 __all__ = [
@@ -42,10 +45,12 @@ __all__ = [
 ]
 
 HISTORY_FILE = "history.json"
-"""Scores along a run, ``{"metric": [[samples seen, value], ...]}``, which recipes may leave in its folder."""
+"""Scores along a run, ``{"metric": [[samples seen, value], ...]}``, which it may have beside its losses."""
 
 STAGES_FILE = "stages.json"
 """Folders of the stages whose sum is a run, as ``["low", "."]``, where they are more than its own folder."""
+
+LOSS = "loss"
 
 History = Mapping[str, Sequence[tuple[float | int, float | int]]]
 
@@ -134,7 +139,7 @@ class Setting:
         if len(evaluations) < 2:
             raise ValueError(
                 f"{self.name} has no history of {target.metric!r}; there is {', '.join(self.history) or 'none at all'} "
-                f"({HISTORY_FILE} in the folder of a run, two evaluations or more)"
+                f"({METRICS_FILE} or {HISTORY_FILE} in the folder of a run, two evaluations or more)"
             )
         sign = 1 if evaluations[-1][1] >= evaluations[0][1] else -1
         if sign * evaluations[0][1] >= sign * target.value:
@@ -337,9 +342,10 @@ def _ratio_table(comparison: Comparison) -> AccountTable:
 
 
 def read_setting(folder: Path, name: str) -> Setting:
-    """What the run in a folder used, its scores, and their history.
+    """What the run in a folder used, its scores, and the history of scores and losses.
 
-    A run in stages lists their folders in :data:`STAGES_FILE`, and their sum is the run's.
+    A run in stages lists their folders in :data:`STAGES_FILE`, and their sum is the run's. Its losses go by their names
+    in the metrics, and without the player's where there is one alone; a running mean over a fiftieth of the lines.
 
     Raises:
         ValueError: no such folder, no account in it, or a damaged file.
@@ -350,13 +356,17 @@ def read_setting(folder: Path, name: str) -> Setting:
     for stage in stages:
         if not stage.is_file():
             raise ValueError(f"{stage.parent} has no {USAGE_FILE}; name the folder of a run that has been trained")
+    usages = [read_usage(stage) for stage in stages]
     others = sorted(set(folder.glob(f"*/{USAGE_FILE}")) - set(stages))
     notes = [f"not in it: {', '.join(path.parent.name for path in others)}"] if others else []
     record = folder / RECORD_FILE
     return setting_of(
-        [read_usage(stage) for stage in stages],
+        usages,
         name,
-        history=_read_history(folder / HISTORY_FILE),
+        history={
+            **_losses([stage.parent / METRICS_FILE for stage in stages], usages),
+            **_read_history(folder / HISTORY_FILE),
+        },
         scores=_numbers(read_record(record).metrics) if record.is_file() else {},
         notes=notes,
     )
@@ -429,6 +439,22 @@ def _read_history(path: Path) -> History:
         if any(before >= after for (before, _), (after, _) in pairwise(rows)):
             raise ValueError(f"{path}: the samples of {metric!r} do not rise; write the evaluations in their order")
     return history
+
+
+def _losses(metrics: Sequence[Path], usages: Sequence[Usage]) -> dict[str, list[tuple[float, float]]]:
+    """Losses by samples seen in this stage and those before, as far as the lines of metrics say."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    before = 0
+    for path, usage in zip(metrics, usages, strict=True):
+        lines = [line for line in read_metrics(path) if "samples" in line] if path.is_file() else []
+        for name in dict.fromkeys(key for line in lines for key in line if LOSS in key):
+            known = [line for line in lines if isinstance(line.get(name), int | float) and math.isfinite(line[name])]
+            values = smoothed([float(line[name]) for line in known], max(1, len(known) // 50))
+            samples = [float(before + line["samples"]) for line in known]
+            found.setdefault(name, []).extend(zip(samples, values, strict=True))
+        before += usage.samples
+    players = {name.partition("/")[0] for name in found}
+    return found | {name.partition("/")[2]: rows for name, rows in found.items() if len(players) == 1}
 
 
 def _numbers(values: Mapping[str, Any], prefix: str = "") -> dict[str, float | int]:

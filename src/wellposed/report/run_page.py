@@ -3,12 +3,12 @@
 A run's folder may hold ``record.json`` (:mod:`wellposed.report.record`), ``metrics.jsonl`` (one JSON object a line,
 written by the training loop) and ``validation.jsonl`` (the same for what is measured at checkpoints), ``usage.json``
 (:mod:`wellposed.report.account`), ``outputs.json`` (:mod:`wellposed.report.outputs`), pictures ``*.png`` in it or in
-``samples/``, and texts ``*.txt`` in ``samples/``.
+``samples/``, those of training in stages in ``samples/STAGE/step_*.png``, and texts ``*.txt`` in ``samples/``.
 What is missing is left out.
 """
 
 import json
-import math
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,19 +16,22 @@ from html import escape
 from pathlib import Path
 from typing import Any, cast
 
-from wellposed.report.account import Setting, facts, read_setting
+from wellposed.report.account import Setting, account_tables, facts, read_setting
+from wellposed.report.files import read_metrics
 from wellposed.report.outputs import OUTPUTS_FILE, persistence_items
 from wellposed.report.page import Cell, Column, Figure, Item, Page, Section, Table, write_page
 from wellposed.report.pictures import INK, Picture, read_png
 from wellposed.report.plots import Series, draw, lines
 from wellposed.report.record import RECORD_FILE, Record, provenance, read_record
+from wellposed.report.series import smoothed
 from wellposed.training import METRICS_FILE
 from wellposed.training.usage import USAGE_FILE
 
-__all__ = ["Run", "read_metrics", "read_run", "report_runs", "smoothed", "text_picture"]
+__all__ = ["Run", "read_run", "report_runs", "text_picture"]
 
 METRICS_FILES = (METRICS_FILE, "validation.jsonl")
 CURVES = ("loss", "nelbo")
+GROUP = re.compile(r"(?P<loss>.*loss)_(?P<group>t[\d.]+|\d+x\d+)")
 
 MOST_POINTS = 400
 MOST_PICTURES = 4
@@ -108,7 +111,8 @@ def read_run(folder: Path) -> Run:
     record_file = folder / RECORD_FILE
     metrics = [folder / name for name in METRICS_FILES if (folder / name).exists()]
     # By time: grids of training and of later sampling are named differently.
-    pictures = _latest([*folder.glob("*.png"), *folder.glob("samples/*.png")], MOST_PICTURES)
+    grids = ("*.png", "samples/*.png", "samples/*/step_*.png")
+    pictures = _latest([path for pattern in grids for path in folder.glob(pattern)], MOST_PICTURES)
     texts = _latest([*folder.glob("samples/*.txt")], MOST_TEXTS)
     if not (record_file.exists() or metrics or pictures or texts):
         raise ValueError(
@@ -118,7 +122,7 @@ def read_run(folder: Path) -> Run:
         name=folder.resolve().name,
         record=read_record(record_file) if record_file.exists() else None,
         steps=tuple(row for file in metrics for row in read_metrics(file)),
-        pictures=tuple((path.stem, read_png(path)) for path in pictures),
+        pictures=tuple((_shown_name(path), read_png(path)) for path in pictures),
         texts=tuple((path.stem, path.read_text(encoding="utf-8", errors="replace")) for path in texts),
         outputs=_read_outputs(folder / OUTPUTS_FILE),
         used=read_setting(folder, folder.resolve().name) if (folder / USAGE_FILE).exists() else None,
@@ -134,42 +138,13 @@ def _read_outputs(path: Path) -> Mapping[str, Any] | None:
         raise ValueError(f"{path} is damaged ({error}); remove it, and evaluate the run again") from error
 
 
+def _shown_name(path: Path) -> str:
+    """With the stage, where there are several."""
+    return f"{path.parent.name}/{path.stem}" if path.parent.parent.name == "samples" else path.stem
+
+
 def _latest(files: list[Path], count: int) -> list[Path]:
     return sorted(files, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)[:count]
-
-
-def read_metrics(path: Path) -> tuple[Mapping[str, Any], ...]:
-    """The lines of a ``metrics.jsonl``; where a resumed run wrote a step again, its last line.
-
-    The last line may be cut off, as an interrupted run leaves it; it is then ignored.
-
-    Raises:
-        ValueError: another line is no JSON object.
-    """
-    found: dict[Any, Mapping[str, Any]] = {}
-    rows = path.read_text(encoding="utf-8").splitlines()
-    for number, row in enumerate(rows, start=1):
-        if not row.strip():
-            continue
-        try:
-            entry = json.loads(row)
-        except json.JSONDecodeError as error:
-            if number == len(rows):
-                break
-            raise ValueError(f"{path}, line {number} is not JSON ({error}); remove that line") from error
-        if not isinstance(entry, dict):
-            raise ValueError(f"{path}, line {number} holds a {type(entry).__name__}, not a JSON object; remove it")
-        found[entry.get("step", f"line {number}")] = cast("dict[str, Any]", entry)
-    return tuple(found.values())
-
-
-def smoothed(values: Sequence[float], window: int) -> list[float]:
-    """Means over ``window`` neighbouring values, fewer at the ends; nan where there is no finite one."""
-    means: list[float] = []
-    for index in range(len(values)):
-        near = [v for v in values[max(0, index - window // 2) : index + window // 2 + 1] if math.isfinite(v)]
-        means.append(sum(near) / len(near) if near else math.nan)
-    return means
 
 
 def _with_distinct_names(runs: Sequence[Run], folders: Sequence[Path]) -> list[Run]:
@@ -186,10 +161,26 @@ def _metrics_section(runs: Sequence[Run]) -> Section | None:
 
 
 def _efficiency_section(runs: Sequence[Run]) -> Section | None:
-    values: dict[str, dict[str, Cell]] = {run.name: {**facts(run.used)} for run in runs if run.used is not None}
-    notes = [f"- {run.name}: {note}" for run in runs if run.used is not None for note in run.used.notes]
-    caption = "What training used, over all its sessions. `wellposed account RUN RUN` takes the ratio of two apart."
-    return _comparison("efficiency", "Efficiency", values, caption, "\n".join(notes))
+    used = [replace(run.used, name=run.name) for run in runs if run.used is not None]
+    values: dict[str, dict[str, Cell]] = {setting.name: {**facts(setting)} for setting in used}
+    notes = [f"- {setting.name}: {note}" for setting in used for note in setting.notes]
+    caption = "What training used, over all its sessions. `wellposed account RUN RUN` counts two up to one score."
+    section = _comparison("efficiency", "Efficiency", values, caption, "\n".join(notes))
+    return section and replace(section, items=(*section.items, *_ratios(used)))
+
+
+def _ratios(used: Sequence[Setting]) -> list[Item]:
+    """What the first one cost over what each other did, factor by factor, with what is to be known of it."""
+    items: list[Item] = []
+    for found in account_tables(used)[1:] if len(used) > 1 else ():
+        _, _, first, second, _ = found.columns
+        caption = f"The cost of `{first}` over that of `{second}`, as a product."
+        columns = tuple(
+            Column(title=title, align="right" if i > 1 else "left") for i, title in enumerate(found.columns)
+        )
+        items += [Table(columns=columns, rows=found.rows, caption=caption)]
+        items += ["\n".join(f"- {remark}" for remark in found.remarks)]
+    return items
 
 
 def _settings_section(runs: Sequence[Run]) -> Section | None:
@@ -223,14 +214,25 @@ def _comparison(
 
 
 def _curves_section(runs: Sequence[Run]) -> Section | None:
-    keys = list(dict.fromkeys(key for run in runs for row in run.steps for key in row if _is_curve(key)))
-    pictures = [_curve(runs, key) for key in keys]
-    if not pictures:
+    found = list(dict.fromkeys(key for run in runs for row in run.steps for key in row if _is_curve(key)))
+    keys = [key for key in found if not GROUP.fullmatch(key)]
+    panels = {key: [_series(run, key, run.name) for run in runs] for key in keys}
+    for key in found:
+        # A run's losses by noise level, or by size, are one picture.
+        if match := GROUP.fullmatch(key):
+            loss, group = match.group("loss"), match.group("group")
+            kind = "noise level" if group.startswith("t") else "size"
+            for run in runs:
+                of_whom = f" of {run.name}" if len(runs) > 1 else ""
+                panels.setdefault(f"{loss} by {kind}{of_whom}", []).append(_series(run, key, group))
+    drawn = {name: [line for line in series if line is not None] for name, series in panels.items()}
+    drawn = {name: series for name, series in drawn.items() if series}
+    if not drawn:
         return None
     figure = Figure(
-        pictures=tuple(pictures),
+        pictures=tuple(_curves(series, name) for name, series in drawn.items()),
         caption="Over the steps of training, as a running mean over a fiftieth of the run.",
-        alt=tuple(f"line plot of {key} over steps" for key in keys),
+        alt=tuple(f"line plot of {name} over steps" for name in drawn),
     )
     return Section(id="curves", title="Training", items=(figure,))
 
@@ -239,18 +241,19 @@ def _is_curve(key: str) -> bool:
     return any(word in key for word in CURVES)
 
 
-def _curve(runs: Sequence[Run], key: str) -> Picture:
-    series: list[Series] = []
-    for run in runs:
-        rows = [row for row in run.steps if _number(row.get(key)) is not None and _number(row.get("step")) is not None]
-        if not rows:
-            continue
-        losses = smoothed([float(row[key]) for row in rows], max(1, len(rows) // 50))
-        stride = max(1, -(-len(rows) // MOST_POINTS))
-        kept = range(0, len(rows), stride)
-        series.append(Series(x=[float(rows[i]["step"]) for i in kept], y=[losses[i] for i in kept], label=run.name))
+def _series(run: Run, key: str, label: str) -> Series | None:
+    rows = [row for row in run.steps if _number(row.get(key)) is not None and _number(row.get("step")) is not None]
+    if not rows:
+        return None
+    losses = smoothed([float(row[key]) for row in rows], max(1, len(rows) // 50))
+    stride = max(1, -(-len(rows) // MOST_POINTS))
+    kept = range(0, len(rows), stride)
+    return Series(x=[float(rows[i]["step"]) for i in kept], y=[losses[i] for i in kept], label=label)
+
+
+def _curves(series: Sequence[Series], name: str) -> Picture:
     positive = all(value > 0 for line in series for value in line.y if value is not None)
-    return draw(lines(series, "step", key, yscale="log" if positive else "linear", markers=False))
+    return draw(lines(series, "step", name, yscale="log" if positive else "linear", markers=False))
 
 
 def _samples_section(runs: Sequence[Run]) -> Section | None:

@@ -8,7 +8,18 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Number", "Numbers", "Panel", "Reference", "Scale", "Series", "as_floats", "decay_factor", "fitted_slope"]
+__all__ = [
+    "Number",
+    "Numbers",
+    "Panel",
+    "Reference",
+    "Scale",
+    "Series",
+    "as_floats",
+    "decay_factor",
+    "fitted_slope",
+    "smoothed",
+]
 
 Scale = Literal["linear", "log"]
 # int is named beside float for checkers at run time, which do not take one for the other.
@@ -140,6 +151,15 @@ def decay_factor(x: Numbers, y: Numbers, within: tuple[Number, Number] | None = 
     """
     positions, values = _usable(x, y, within)
     return math.exp(_least_squares(positions, np.log(values)))
+
+
+def smoothed(values: Sequence[float], window: int) -> list[float]:
+    """Means over ``window`` neighbouring values, fewer at the ends; nan where there is no finite one."""
+    means: list[float] = []
+    for index in range(len(values)):
+        near = [v for v in values[max(0, index - window // 2) : index + window // 2 + 1] if math.isfinite(v)]
+        means.append(sum(near) / len(near) if near else math.nan)
+    return means
 
 
 def _usable(
