@@ -1,6 +1,7 @@
 """A Lens learns somebody's own pictures: by a low-rank adapter, or in all its weights.
 
     python examples/lens_finetune.py                                                  # tiny parts, painted pictures
+    python examples/lens_finetune.py --out runs/again                                 # the same once more
     python examples/lens_finetune.py path/to/Lens-Base path/to/pictures --device cuda
     python examples/lens_finetune.py path/to/Lens-Base path/to/pictures --rank 16 --steps 500 --device cuda
     python examples/lens_finetune.py path/to/Lens-Base path/to/pictures --full --device cuda
@@ -35,6 +36,7 @@ from wellposed.data.buckets import Buckets, Size
 from wellposed.lens.latents import encode_images
 from wellposed.models import LensTransformer2DModel
 from wellposed.pipelines import LensPipeline
+from wellposed.recipes.device import resolved_device
 from wellposed.recipes.lens_finetune import lens_full, lens_lora, with_adapter, with_folders
 from wellposed.recipes.small_flux_vae import FluxVaeShape, keep_latent_statistics
 from wellposed.recipes.small_gpt_oss import GptOssShape, small_gpt_oss
@@ -128,14 +130,14 @@ def tiny_base(folder: Path) -> Path:
 
 
 @torch.no_grad()
-def distances(pipeline: Path, pictures: Path, names: tuple[str, ...]) -> dict[str, list[float]]:
+def distances(pipeline: Path, pictures: Path, names: tuple[str, ...], device: str) -> dict[str, list[float]]:
     """Squared distances of latents drawn by each caption to those of each picture."""
-    pipe = load_lens(pipeline, torch.device("cpu"))
+    pipe = load_lens(pipeline, resolved_device(device))
     images = [torch.from_numpy(np.array(Image.open(pictures / f"{name}.png"))).movedim(-1, 0) for name in names]
-    true = encode_images(pipe.vae, torch.stack(images) / 127.5 - 1)
+    true = encode_images(pipe.vae, torch.stack(images).to(pipe.device) / 127.5 - 1)
     found = {}
     for name in names:
-        generator = [torch.Generator().manual_seed(seed) for seed in range(4)]
+        generator = [torch.Generator(pipe.device).manual_seed(seed) for seed in range(4)]
         how: dict[str, Any] = {"height": 16, "width": 16, "num_inference_steps": 8, "guidance_scale": 2.0}
         drawn = pipe([PAINTED[name][2]] * 4, generator=generator, output_type="latent", **how).images
         found[name] = (drawn[:, None] - true).square().mean((0, 2, 3)).tolist()
@@ -143,17 +145,25 @@ def distances(pipeline: Path, pictures: Path, names: tuple[str, ...]) -> dict[st
     return found
 
 
-def show(out: Path, *, steps: int) -> dict[str, list[float]]:
-    """The tiny one, from nothing."""
+def show(
+    out: Path, *, steps: int, device: str = "cpu", resume: bool = False, full: bool = False
+) -> dict[str, list[float]]:
+    """The tiny one, from nothing: all weights learn two pictures, then an adapter, or all weights again, two others."""
+    how: dict[str, Any] = {"steps": steps, "device": device}
     base = tiny_base(out / "base")
     grounds, others = paint(out / "grounds", ("meadow", "sand")), paint(out / "others", ("sea", "wall"))
-    learn(with_folders(tiny(lens_full(), 3e-3), pictures=grounds, base=base), out / "full", steps=steps, device="cpu")
+    first = with_folders(tiny(lens_full(), 3e-3), pictures=grounds, base=base)
+    learn(first, out / "full", resume=resume and (out / "full").exists(), **how)
     taught = out / "taught"
-    shutil.copytree(base, taught, ignore=shutil.ignore_patterns("transformer"))
-    shutil.copytree(out / "full" / "pipeline" / "transformer", taught / "transformer")
-    recipe = with_adapter(tiny(lens_lora(), 1e-2), LoraSettings(rank=16, alpha=16, mlps=True))
-    learn(with_folders(recipe, pictures=others, base=taught), out / "adapter", steps=steps, device="cpu")
-    return distances(out / "adapter" / "pipeline", others, ("sea", "wall"))
+    if not taught.exists():
+        shutil.copytree(base, taught, ignore=shutil.ignore_patterns("transformer"))
+        shutil.copytree(out / "full" / "pipeline" / "transformer", taught / "transformer")
+    recipe = tiny(lens_full(), 3e-3)
+    if not full:
+        recipe = with_adapter(tiny(lens_lora(), 1e-2), LoraSettings(rank=16, alpha=16, mlps=True))
+    last = out / ("again" if full else "adapter")
+    learn(with_folders(recipe, pictures=others, base=taught), last, resume=resume and last.exists(), **how)
+    return distances(last / "pipeline", others, ("sea", "wall"), device)
 
 
 def main() -> None:
@@ -168,11 +178,13 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=Path("runs/lens_finetune"))
     chosen = parser.parse_args()
-    if chosen.base is None:
-        show(chosen.out, steps=chosen.steps or 100)
-        return
-    if chosen.pictures is None:
+    if chosen.base is not None and chosen.pictures is None:
         parser.error("give the folder of pictures after that of the pipeline")
+    if not chosen.resume and chosen.out.exists() and any(chosen.out.iterdir()):
+        parser.error(f"{chosen.out} is there already; add --resume to go on with it, or choose another --out")
+    if chosen.base is None:
+        show(chosen.out, steps=chosen.steps or 100, device=chosen.device, resume=chosen.resume, full=chosen.full)
+        return
     recipe = (
         lens_full() if chosen.full else with_adapter(lens_lora(), LoraSettings(rank=chosen.rank, alpha=chosen.rank))
     )

@@ -171,8 +171,8 @@ def _sample(
         str | None,
         tyro.conf.arg(
             metavar="TEXT",
-            help="for texts: what is given; ____ is a hole to fill",
-            help_behavior_hint="(default: nothing)",
+            help="for pictures: what to draw; for texts: what is given, where ____ is a hole to fill",
+            help_behavior_hint="(default: the recipe's own, or nothing)",
         ),
     ] = None,
     num_lanczos_steps: Products = None,
