@@ -503,6 +503,57 @@ def test_what_only_decoding_shows_is_refused_then(tmp_path):
             dataset.batch([bad], Size(8, 8))
 
 
+def taller(content):
+    """A JPEG or PNG file that says it is twice as high as it is."""
+    lying = bytearray(content)
+    if content.startswith(b"\xff\xd8"):
+        place = 2
+        while lying[place + 1] not in (0xC0, 0xC2):
+            place += 2 + struct.unpack(">H", lying[place + 2 : place + 4])[0]
+        lying[place + 5 : place + 7] = struct.pack(">H", 80)
+    else:
+        lying[20:24] = struct.pack(">I", 80)
+        lying[29:33] = struct.pack(">I", zlib.crc32(lying[12:29]))
+    return bytes(lying)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_headers_that_lie_about_the_height_are_not_trained_on(tmp_path, kind):
+    bad = taller(encoded(painted(1), kind))
+    with Image.open(io.BytesIO(bad)) as filled:
+        assert np.asarray(filled).shape == (80, 48, 3), "the decoder sees nothing wrong"
+    name = {"JPEG": "jpg", "PNG": "png"}[kind]
+    foreign(tmp_path / "x.tar", members(0) + members(1, **{"jpg": None, "json": None, name: bad}) + members(2))
+    index_shards(tmp_path)
+    dataset = ShardedImages.open(tmp_path)
+    with pytest.raises(ValueError, match=r"sample '1': its picture is missing or cannot be read.*lying header"):
+        dataset.batch([1], Size(8, 8))
+    # Found before training by whoever asks for it, once.
+    assert [index_shards(tmp_path, decode=True) for _ in range(2)] == [1, 0] and index_shards(tmp_path) == 0
+    with pytest.raises(ValueError, match=r"sample '1': its picture is missing or cannot be read"):
+        ShardedImages.open(tmp_path)
+    dataset = ShardedImages.open(tmp_path, on_bad="skip")
+    assert numbers(dataset.batch(range(2), Size(40, 48))) == [0, 2] and len(dataset.skipped) == 1
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_metadata_that_cannot_be_read_cost_no_picture(tmp_path):
+    """A camera's broken EXIF is no fault of the picture."""
+    several = b"Exif\0\0MM\0*" + struct.pack(">IHHHIHHI", 8, 1, 0x0112, 3, 2, 6, 6, 0)
+    pictures = [encoded(painted(n), kind, exif=several) for n, kind in enumerate(("JPEG", "WEBP", "PNG"))]
+    pictures.append(encoded(painted(3), "JPEG", exif=several[:20]))
+    write_shards([sample(n, picture=picture) for n, picture in enumerate(pictures)], tmp_path)
+    dataset = ShardedImages.open(tmp_path)
+    assert dataset.sizes.tolist() == [[40, 48]] * 4
+    assert numbers(dataset.batch(range(4), Size(40, 48))) == [0, 1, 2, 3]
+
+
+def test_captions_without_blanks_are_counted_by_their_signs(tmp_path):
+    captions = ["一座红色的灯塔", "a red lighthouse — at dusk", "🌊"]
+    write_shards([sample(n, caption=caption) for n, caption in enumerate(captions)], tmp_path)
+    assert ShardedImages.open(tmp_path).words().tolist() == [7, 5, 1]
+
+
 def test_folders_may_be_strings(tmp_path):
     write_shards(iter(samples(2)), str(tmp_path / "deep/down"))
     assert ShardedImages.open(str(tmp_path / "deep/down")).shards == (Path(tmp_path / "deep/down/00000.tar"),)

@@ -56,10 +56,16 @@ def jpeg_of_claimed_size(content, width, height):
     return content[: place + 5] + struct.pack(">HH", height, width) + content[place + 9 :]
 
 
-def on_its_side(picture):
+def on_its_side(picture, kind="JPEG"):
     exif = Image.Exif()
     exif[ORIENTATION] = 6
-    return encoded(picture.rotate(90, expand=True), "JPEG", exif=exif, quality=92)
+    return encoded(picture.rotate(90, expand=True), kind, exif=exif, quality=92)
+
+
+def odd_exif(values=(6, 6), cut=None):
+    """EXIF with several orientations, or cut off."""
+    entry = struct.pack(f">HHI{len(values)}H", ORIENTATION, 3, len(values), *values).ljust(12, b"\0")
+    return (b"Exif\0\0MM\0*" + struct.pack(">IH", 8, 1) + entry + bytes(4))[:cut]
 
 
 def shifted(picture, times, plus):
@@ -92,6 +98,8 @@ def clean_files():
         "clean/nameless": encoded(drawing(2), "JPEG", quality=92),
         "clean/progressive.jpeg": encoded(drawing(3), "JPEG", quality=92, progressive=True),
         "clean/on_its_side.jpg": on_its_side(drawing(4).crop((0, 0, 400, 380))),
+        "clean/odd.jpg": encoded(drawing(13), "JPEG", quality=92, exif=odd_exif()),
+        "clean/turned.png": on_its_side(drawing(14).crop((0, 0, 400, 380)), "PNG"),
         "clean/wide.tif": encoded(wide, "TIFF"),
         "clean/drawing.gif": encoded(drawing(5), "GIF"),
         "clean/grass.png": encoded(photograph("grass")),

@@ -9,14 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from wellposed.lens.curation_pictures import (
-    BrokenPictureError,
-    clarity,
-    decode_picture,
-    exposure,
-    information,
-    reduced,
-)
+from wellposed.data.decoding import BrokenPictureError
+from wellposed.lens.curation_pictures import clarity, decode_picture, exposure, information, reduced
 
 SPEC = importlib.util.spec_from_file_location("planted_corpus", Path(__file__).with_name("planted_corpus.py"))
 assert SPEC and SPEC.loader

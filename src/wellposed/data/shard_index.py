@@ -4,10 +4,8 @@ It is made while a shard is written or, for shards of other origin, by reading o
 :mod:`wellposed.data.shards`.
 """
 
-import io
 import json
 import os
-import struct
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,14 +18,15 @@ from zipfile import BadZipFile
 
 import numpy as np
 from jaxtyping import Int
-from PIL import ExifTags, Image, ImageOps
 
 from wellposed.data.buckets import Size
-from wellposed.data.images import opaque
+from wellposed.data.decoding import decode_picture, read_header
+from wellposed.data.words import word_count
 
 __all__ = [
     "FAULTS",
     "PICTURE",
+    "SHARD_FORMATS",
     "SHORT",
     "SOUND",
     "IndexEntry",
@@ -35,7 +34,6 @@ __all__ = [
     "ShardIndex",
     "captions_by_style",
     "count_words",
-    "decoded_picture",
     "index_entry",
     "json_object",
     "partial_file",
@@ -44,9 +42,8 @@ __all__ = [
 ]
 
 SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
+SHARD_FORMATS = ("JPEG", "PNG", "WEBP")
 PICTURE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-LYING = 5  # EXIF's orientations from here on exchange height and width
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 END = 1024  # zero bytes that end a tar file
 FAULTS = (
     "",
@@ -102,6 +99,7 @@ class ShardIndex:
         style_words: words of each of them; 0 where a sample has none.
         shard_bytes: size of the tar file.
         ended: whether it has an end.
+        decoded: whether every picture was decoded for it.
     """
 
     keys: np.ndarray
@@ -110,9 +108,12 @@ class ShardIndex:
     style_words: Int[np.ndarray, "samples styles"]
     shard_bytes: int
     ended: bool
+    decoded: bool
 
     @classmethod
-    def of(cls, entries: Sequence[IndexEntry], shard_bytes: int, *, ended: bool = True) -> "ShardIndex":
+    def of(
+        cls, entries: Sequence[IndexEntry], shard_bytes: int, *, ended: bool = True, decoded: bool = False
+    ) -> "ShardIndex":
         """The index of a shard with these samples, in their order."""
         styles = tuple(sorted({style for entry in entries for style in entry.words_by_style}))
         words = [[entry.words_by_style.get(style, 0) for style in styles] for entry in entries]
@@ -123,6 +124,7 @@ class ShardIndex:
             style_words=np.array(words, dtype=np.int32).reshape(len(entries), len(styles)),
             shard_bytes=shard_bytes,
             ended=ended,
+            decoded=decoded,
         )
 
     def write(self, shard: Path) -> None:
@@ -138,6 +140,7 @@ class ShardIndex:
                 style_words=self.style_words,
                 shard_bytes=self.shard_bytes,
                 ended=self.ended,
+                decoded=self.decoded,
             )
             file.flush()
             os.fsync(file.fileno())
@@ -164,6 +167,7 @@ class ShardIndex:
                     style_words=held["style_words"],
                     shard_bytes=int(held["shard_bytes"]),
                     ended=bool(held["ended"]),
+                    decoded="decoded" in held and bool(held["decoded"]),
                 )
         except FileNotFoundError as error:
             message = f"{shard} has no index beside it; write it with index_shards(folder)"
@@ -172,8 +176,12 @@ class ShardIndex:
             raise ValueError(f"{path} is damaged ({error}); remove it and call index_shards(folder)") from error
 
 
-def scan_shard(path: Path) -> ShardIndex:
+def scan_shard(path: Path, *, decode: bool = False) -> ShardIndex:
     """The index of a shard of any origin, by reading it through; faults of samples are noted.
+
+    Args:
+        path: of the shard.
+        decode: every picture, so that those that cannot be, or end before their header says, are among the faults.
 
     Raises:
         ValueError: the file is no tar file.
@@ -182,7 +190,7 @@ def scan_shard(path: Path) -> ShardIndex:
     try:
         with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             samples = groupby(_files(tar), key=lambda member: _key_and_suffix(member.name)[0])
-            entries = [index_entry(key, _parts(tar, members)) for key, members in samples]
+            entries = [index_entry(key, _parts(tar, members), decode=decode) for key, members in samples]
             file.seek(max(size - END, 0))
             ended = not any(file.read(END))
     except tarfile.TarError as error:
@@ -190,7 +198,7 @@ def scan_shard(path: Path) -> ShardIndex:
     if entries and not ended:
         # What the last sample lacks may have been behind the place where the file breaks off.
         entries[-1] = entries[-1]._replace(row=(*entries[-1].row[:-1], SHORT))
-    return ShardIndex.of(entries, size, ended=ended)
+    return ShardIndex.of(entries, size, ended=ended, decoded=decode)
 
 
 def _files(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
@@ -223,8 +231,8 @@ def _key_and_suffix(name: str) -> tuple[str, str]:
     return (f"{folder}/{key}" if folder else key), suffix.lower()
 
 
-def index_entry(key: str, parts: Mapping[str, Part]) -> IndexEntry:
-    """What the index says of a sample, its first fault included."""
+def index_entry(key: str, parts: Mapping[str, Part], *, decode: bool = False) -> IndexEntry:
+    """What the index says of a sample, its first fault included; whether its picture decodes only if asked for."""
     missing = Part(0, b"")
     picture = next((parts[suffix] for suffix in PICTURE_SUFFIXES if suffix in parts), missing)
     text, about = parts.get("txt", missing), parts.get("json", missing)
@@ -242,6 +250,8 @@ def index_entry(key: str, parts: Mapping[str, Part]) -> IndexEntry:
         fault = CAPTION
     try:
         size = picture_header(contents[0])[1]
+        if decode:
+            decode_picture(contents[0], formats=SHARD_FORMATS)
     except ValueError:
         fault = PICTURE
     if fault == SOUND and size != Size(metadata.get("height", size.height), metadata.get("width", size.width)):
@@ -277,38 +287,15 @@ def captions_by_style(metadata: Mapping[str, Any]) -> dict[str, str]:
     return {style: text for style, text in by_style.items() if isinstance(text, str) and text.strip()}
 
 
-def count_words(text: str) -> int:
-    """Words between blanks: Chinese and Japanese, which have none, count as next to nothing."""
-    return len(text.split())
+def count_words(caption: str) -> int:
+    """Words of a caption, one at least: none is what an index says where there is no caption."""
+    return max(1, word_count(caption)) if caption.strip() else 0
 
 
 def picture_header(content: bytes) -> tuple[str, Size]:
-    """Suffix and size of a picture as it is seen, without decoding it; ValueError for what is none."""
-    try:
-        with Image.open(io.BytesIO(content), formats=("JPEG", "PNG", "WEBP")) as picture:
-            width, height = picture.size
-            if _orientation(picture) >= LYING:
-                width, height = height, width
-            return SUFFIXES[str(picture.format)], Size(height, width)
-    except UNREADABLE as error:
-        raise ValueError(str(error)) from error
-
-
-def _orientation(picture: Image.Image) -> int:
-    """EXIF's; PNG files are taken as they are, because Pillow may have to decode them to tell."""
-    return 1 if picture.format == "PNG" else int(picture.getexif().get(ExifTags.Base.Orientation, 1))
-
-
-def decoded_picture(content: bytes) -> Image.Image:
-    """A picture as it is seen, in RGB; ValueError for what is none."""
-    try:
-        with Image.open(io.BytesIO(content), formats=("JPEG", "PNG", "WEBP")) as picture:
-            picture.load()
-            if _orientation(picture) > 1:
-                ImageOps.exif_transpose(picture, in_place=True)
-            return opaque(picture)
-    except UNREADABLE as error:
-        raise ValueError(str(error)) from error
+    """Suffix and size of a picture as it is seen; ValueError for what is none."""
+    header = read_header(content, formats=SHARD_FORMATS)
+    return SUFFIXES[header.kind], header.size
 
 
 def partial_file(path: Path) -> Path:

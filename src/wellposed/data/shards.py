@@ -36,10 +36,12 @@ from torch import Tensor
 
 from wellposed.batches import TextImageBatch
 from wellposed.data.buckets import Size, cover_and_crop
+from wellposed.data.decoding import decode_picture
 from wellposed.data.images import ResizeFilter, hashed_bits
 from wellposed.data.shard_index import (
     FAULTS,
     PICTURE,
+    SHARD_FORMATS,
     SHORT,
     SOUND,
     IndexEntry,
@@ -47,7 +49,6 @@ from wellposed.data.shard_index import (
     ShardIndex,
     captions_by_style,
     count_words,
-    decoded_picture,
     index_entry,
     json_object,
     partial_file,
@@ -250,7 +251,12 @@ def _check_same(path: Path, samples: Iterable[ShardSample]) -> None:
     )
 
 
-def index_shards(folder: str | Path, *, on_progress: Callable[[int, int], None] = lambda done, total: None) -> int:
+def index_shards(
+    folder: str | Path,
+    *,
+    decode: bool = False,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> int:
     """Write the missing indexes of shards that were not written here; returns their number.
 
     Every byte is read once. Samples with faults are noted as such; whether they matter is up to
@@ -258,6 +264,8 @@ def index_shards(folder: str | Path, *, on_progress: Callable[[int, int], None] 
 
     Args:
         folder: with ``.tar`` files.
+        decode: every picture, once, so that none that cannot be decoded, or is shorter than its header says, comes up
+            in training. Indexes that were made without are made anew.
         on_progress: called with the shards done, and all of them.
 
     Raises:
@@ -267,8 +275,9 @@ def index_shards(folder: str | Path, *, on_progress: Callable[[int, int], None] 
     shards = _shards(Path(folder))
     indexed = 0
     for done, path in enumerate(shards, start=1):
-        if not path.with_suffix(".npz").is_file() or ShardIndex.read(path).shard_bytes != path.stat().st_size:
-            scan_shard(path).write(path)
+        held = ShardIndex.read(path) if path.with_suffix(".npz").is_file() else None
+        if held is None or held.shard_bytes != path.stat().st_size or (decode and not held.decoded):
+            scan_shard(path, decode=decode).write(path)
             indexed += 1
         on_progress(done, len(shards))
     return indexed
@@ -330,7 +339,8 @@ class ShardedImages:
             seed: seed of crops and styles.
             on_bad: what to do about samples that cannot be trained on, as far as an index tells (a shard that ends
                 early, no picture, no caption, sizes that disagree): raise, or leave them out, log and list them. What
-                only decoding shows raises when the sample comes up.
+                only decoding shows raises when the sample comes up, unless ``index_shards(folder, decode=True)`` has
+                found it before.
 
         Raises:
             FileNotFoundError: no shards, or one without index.
@@ -413,7 +423,7 @@ class ShardedImages:
         )
 
     def words(self, *, epoch: int = 0) -> Int[np.ndarray, " samples"]:
-        """Words of every caption of an epoch, counted between blanks."""
+        """Words of every caption of an epoch, as :mod:`wellposed.data.words` counts them."""
         everything = np.arange(len(self))
         return self.style_words[everything, self._drawn_styles(everything, epoch)]
 
@@ -458,7 +468,7 @@ class ShardedImages:
         if zlib.crc32(content) != row["picture_checksum"]:
             raise ValueError(f"{self._name(position)}: its picture changed since it was indexed; copy the shard again")
         try:
-            picture = decoded_picture(content)
+            picture = decode_picture(content, formats=SHARD_FORMATS).pixels
         except ValueError as error:
             raise ValueError(f"{self._name(position)}: {FAULTS[PICTURE]} ({error})") from error
         if picture.size != (row["width"], row["height"]):

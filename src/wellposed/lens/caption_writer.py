@@ -5,7 +5,6 @@ not trusted: nothing is a caption that is empty, has no letters, refuses, was cu
 instructions back.
 """
 
-import io
 import itertools
 import re
 import zlib
@@ -13,10 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from PIL import Image, ImageOps
+from PIL import Image
 
-from wellposed.data.images import opaque
-from wellposed.lens.captioning import word_count, words_of
+from wellposed.data import decoding
+from wellposed.data.words import word_count, words_of
 from wellposed.lens.raw_answers import read_answer
 
 __all__ = ["CAPTION_INSTRUCTIONS", "CaptionStyle", "CaptionWriter", "decode_picture", "read_caption"]
@@ -155,11 +154,9 @@ def decode_picture(encoded: bytes, side: int) -> Image.Image:
         ValueError: what is encoded is no picture, or broken.
     """
     try:
-        with Image.open(io.BytesIO(encoded)) as picture:
-            # A JPEG decodes itself reduced; twice the size leaves the filter below something to do.
-            picture.draft(None, (2 * side, 2 * side))
-            shown = opaque(ImageOps.exif_transpose(picture))
-    except Exception as error:  # decoders raise many things over broken bytes; whichever it is, the bytes are at fault
-        raise ValueError(f"no picture: {type(error).__name__}: {error}") from error
+        # A JPEG decodes itself reduced; twice the side leaves the filter below something to do.
+        shown = decoding.decode_picture(encoded, enough=4 * side * side).pixels
+    except decoding.BrokenPictureError as error:
+        raise ValueError(f"no picture: {error}") from error
     shown.thumbnail((side, side), Image.Resampling.LANCZOS)
     return shown

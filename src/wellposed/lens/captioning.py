@@ -9,11 +9,12 @@ Lens was trained on dense captions only: English, one paragraph, under 500 words
 section 3.1). :class:`CaptionStatistics` says how dense a set of captions is, and what it cost.
 """
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
+
+from wellposed.data.words import word_count
 
 __all__ = [
     "PUBLISHED_MEAN_WORDS",
@@ -24,18 +25,10 @@ __all__ = [
     "Captioner",
     "MetadataCaptioner",
     "word_count",
-    "words_of",
 ]
 
 PUBLISHED_MEAN_WORDS = 109
 USUAL_WORDS = (20, 40)
-
-# Ideographs, kana and their marks of repetition and length; Korean has blanks between its words.
-_CJK = (
-    r"\u3005-\u3007\u3041-\u3096\u3099-\u309f\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff"
-    r"\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
-)
-_PIECES = re.compile(rf"[{_CJK}]|[^\s{_CJK}]+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,21 +141,6 @@ def _text(caption: Any) -> str:
     if not any(letter.isalpha() for letter in caption):
         raise ValueError(f"the caption {caption[:40]!r} has no letters")
     return caption.strip()
-
-
-def words_of(text: str) -> list[str]:
-    """The words of a text in any language.
-
-    Words are what blanks separate, if there is a letter or digit in it, so that a dash between blanks is none and
-    ``red-and-white`` is one. Chinese and Japanese have no blanks between words: there each ideograph and each kana is
-    one. That is more than a dictionary would find, so counts compare within a language.
-    """
-    return [piece for piece in _PIECES.findall(text) if any(sign.isalnum() for sign in piece)]
-
-
-def word_count(text: str) -> int:
-    """How many words a text has; see :func:`words_of` for the rule."""
-    return len(words_of(text))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,6 +27,7 @@ import numpy as np
 from jaxtyping import Float32
 from safetensors.numpy import load_file
 
+from wellposed.data.decoding import read_header
 from wellposed.data.shards import CAPTIONING_FILE, ShardSample, write_shards
 from wellposed.lens.curation_captions import CaptionWork, forget_failures
 from wellposed.lens.curation_config import CurationConfig
@@ -42,7 +43,7 @@ from wellposed.lens.near_duplicates import duplicate_groups, kept_of_each
 __all__ = ["CurationConfig", "CurationReport", "CurationTools", "audit", "curate", "report_of"]
 
 MEASURED = STAGES[1:8]
-SHARD_FORMATS = ("JPEG", "MPO", "PNG", "WEBP")
+SHARD_FORMATS = ("JPEG", "MPO", "WEBP")
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
@@ -361,7 +362,9 @@ def _is_text(value: Any) -> bool:
 
 def _shardable(content: bytes, record: Record, config: CurationConfig) -> bytes:
     """The bytes of a picture; encoded anew, without loss, where whoever reads shards would not take them."""
-    if record.facts["format"] in SHARD_FORMATS and "deep" not in record.facts:
+    kind, deep = record.facts["format"], "deep" in record.facts
+    # Few readers turn a PNG file as its metadata say.
+    if kind in SHARD_FORMATS or (kind == "PNG" and not deep and read_header(content).orientation == 1):
         return content
     encoded = io.BytesIO()
     decode_picture(content, max_pixels=config.max_pixels).pixels.save(encoded, "PNG")

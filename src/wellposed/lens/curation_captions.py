@@ -14,9 +14,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from wellposed.lens.captioning import Captioner, CaptionRequest, CaptionResult, MetadataCaptioner, word_count
+from wellposed.data.decoding import BrokenPictureError
+from wellposed.data.words import word_count
+from wellposed.lens.captioning import Captioner, CaptionRequest, CaptionResult, MetadataCaptioner
 from wellposed.lens.curation_config import CurationConfig
-from wellposed.lens.curation_pictures import BrokenPictureError
 from wellposed.lens.curation_sources import SampleReader
 from wellposed.lens.curation_stages import UnitPictures
 from wellposed.lens.curation_tables import CurationFolder, Record, read_lines

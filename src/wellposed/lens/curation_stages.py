@@ -16,17 +16,10 @@ from jaxtyping import Float32, UInt8
 from PIL import Image
 from safetensors.numpy import save
 
+from wellposed.data.decoding import BrokenPictureError, DecodedPicture
 from wellposed.lens.captioning import Captioner
 from wellposed.lens.curation_config import CurationConfig
-from wellposed.lens.curation_pictures import (
-    BrokenPictureError,
-    DecodedPicture,
-    clarity,
-    decode_picture,
-    exposure,
-    information,
-    reduced,
-)
+from wellposed.lens.curation_pictures import clarity, decode_picture, exposure, information, reduced
 from wellposed.lens.curation_scorers import DctEmbedder, Embedder, Scorer, tool_name
 from wellposed.lens.curation_sources import BrokenMetadataError, SampleReader
 from wellposed.lens.curation_tables import CurationFolder, Record

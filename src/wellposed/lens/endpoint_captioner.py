@@ -22,8 +22,8 @@ from functools import cached_property, partial
 from typing import Any
 
 from PIL import Image
-from PIL.ExifTags import Base as ExifTag
 
+from wellposed.data.decoding import read_header
 from wellposed.lens.caption_writer import CaptionWriter, decode_picture, read_caption
 from wellposed.lens.captioning import CaptionRequest, CaptionResult
 from wellposed.lens.chat_endpoint import ChatAnswer, ChatEndpoint, EndpointError
@@ -318,7 +318,7 @@ def _data_url(encoded: bytes, side: int) -> str:
     picture = decode_picture(encoded, side)
     with Image.open(io.BytesIO(encoded)) as original:
         plain = original.mode in ("RGB", "L", "P") and not original.has_transparency_data
-        upright = original.getexif().get(ExifTag.Orientation, 1) == 1
+        upright = read_header(encoded).orientation == 1
         still = getattr(original, "n_frames", 1) == 1
         if original.format in SENT_FORMATS and plain and upright and still and original.size == picture.size:
             kind = original.format
