@@ -1,4 +1,5 @@
 import importlib.util
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -79,10 +80,21 @@ def test_lens_generate_paints_and_keeps(tmp_path: Path, capsys: pytest.CaptureFi
     assert "hole.png, image.png, text.png" in capsys.readouterr().out
 
 
-def test_lens_finetune_trains_all_weights_and_an_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lens_finetune_trains_all_weights_and_an_adapter(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("peft")
-    found = example("lens_finetune").show(tmp_path, steps=2)
+    script = example("lens_finetune")
+    found = script.show(tmp_path, steps=2)
     assert {name: len(distances) for name, distances in found.items()} == {"sea": 2, "wall": 2}
     assert (tmp_path / "adapter" / "pipeline" / "pytorch_lora_weights.safetensors").is_file()
     printed = capsys.readouterr().out
     assert "lens_full: loss" in printed and "lens_lora: loss" in printed and "wall: " in printed
+    again = ["lens_finetune.py", "--out", str(tmp_path), "--steps", "2", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", again)
+    with pytest.raises(SystemExit):
+        script.main()
+    assert "is there already; add --resume" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", [*again, "--resume"])
+    script.main()
+    assert capsys.readouterr().out == printed, "what is finished is not trained again"

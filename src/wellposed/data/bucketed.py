@@ -184,8 +184,10 @@ class BucketedBatches:
 
     def fingerprint(self) -> dict[str, int | str]:
         """Everything the order depends on, and the data set's own hash."""
-        rule = type(self.buckets).__name__  # how pictures are assigned is the class's
-        about = repr((rule, self.buckets.shapes, sorted(self.buckets.batch_sizes.items()), self.buckets.tolerance))
+        about = repr((self.buckets.shapes, sorted(self.buckets.batch_sizes.items()), self.buckets.tolerance))
+        rule = type(self.buckets)  # how pictures are assigned is the class's
+        if rule is not Buckets:
+            about += rule.__name__
         return {
             "samples": len(self.dataset),
             "shares": self.shares,

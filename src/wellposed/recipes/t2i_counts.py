@@ -3,6 +3,7 @@
 import copy
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from wellposed.batches import TextImageBatch
 from wellposed.data.bucketed import BucketedBatches
@@ -108,5 +109,5 @@ class CountedCaptions:
 
     def _text_tokens(self, captions: Sequence[str]) -> list[int]:
         """Tokens of each caption that the network sees."""
-        texts = self.tokenizer(list(captions), add_special_tokens=False)["input_ids"]
-        return [min(len(text) + self.suffix, self.most) for text in texts]
+        encoded: Any = self.tokenizer(list(captions), add_special_tokens=False)
+        return [min(len(text) + self.suffix, self.most) for text in encoded["input_ids"]]
