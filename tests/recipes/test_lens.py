@@ -12,12 +12,17 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from diffusers import AutoencoderKL
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from wellposed.data.buckets import Buckets, Size
 from wellposed.data.captioned_digits import captioned_digits
+from wellposed.lens.latents import decode_tokens, encode_images, pack_latents
 from wellposed.lens.objectives import loss_by_group
 from wellposed.lens.pipeline import LensPipeline
+from wellposed.lens.template import CHATML_TOKENS, PUBLISHED_TEMPLATE, ChatMLTemplate, template_of
 from wellposed.lens.transformer import LensTransformer2DModel
 from wellposed.recipes import lens
 from wellposed.recipes.lens import (
@@ -27,6 +32,7 @@ from wellposed.recipes.lens import (
     with_autoencoder,
     with_captions,
     with_fixed_resolution,
+    with_qwen3,
     with_text_encoder,
 )
 from wellposed.recipes.recipe import TrainingSettings
@@ -322,6 +328,88 @@ def test_ablations_change_what_they_name() -> None:
     other = Source(get=untrained_vae, what="other")
     assert with_autoencoder(recipe, other).autoencoder is other
     assert with_text_encoder(recipe, other).text_encoder is other
+
+
+def small_kl(folder: Path, data: Path, corpus: Any, seed: int, device: str) -> Any:
+    """As FLUX.1 and SD3 have it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            block_out_channels=(8, 8),
+            layers_per_block=1,
+            norm_num_groups=4,
+            scaling_factor=0.3611,
+            shift_factor=0.1159,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        )
+    return vae.eval().requires_grad_(False)
+
+
+def save_small_qwen3(folder: Path) -> None:
+    """With a tokenizer of bytes and ChatML's tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<|endoftext|>", *CHATML_TOKENS],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["a red seven"], trainer=trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|endoftext|>").save_pretrained(folder)
+    config = Qwen3Config(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=8,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+
+
+def test_the_paper_s_other_autoencoders_and_encoders_train_and_draw(tmp_path: Path) -> None:
+    recipe = with_qwen3(with_autoencoder(small_recipe(), Source(get=small_kl, what="as FLUX.1's")), "0.6B")
+    recipe = replace(recipe, folder=tmp_path / "data", stages=recipe.stages[:1])
+    with pytest.raises(FileNotFoundError, match="Qwen3-0.6B"):
+        recipe.train(tmp_path / "run", device="cpu", progress=False)
+    save_small_qwen3(tmp_path / "data/lens/qwen3-0.6b")
+    recipe.train(tmp_path / "run", device="cpu", progress=False)
+    pipe = LensPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    assert isinstance(pipe.vae, AutoencoderKL) and isinstance(pipe.text_encoder, Qwen3ForCausalLM)
+    assert tuple(pipe.transformer.config["selected_layer_index"]) == (1, 3, 5, 7)
+    drawn = recipe.sample(tmp_path / "run", count=2, device="cpu")
+    assert len(list(drawn.folder.glob("*.png"))) == 2
+    corpus = in_memory(tmp_path, tmp_path, recipe, 0, "cpu")
+    images = corpus.batch(range(0, 40, 2), Size(16, 16)).images
+    tokens = encode_images(pipe.vae, images)
+    latents = pipe.vae.encode(images).latent_dist.mode()
+    torch.testing.assert_close(tokens, pack_latents((latents - 0.1159) * 0.3611))
+    torch.testing.assert_close(decode_tokens(pipe.vae, tokens, 4, 4), pipe.vae.decode(latents).sample)
+
+
+def test_an_encoder_of_another_format_needs_a_template(tmp_path: Path) -> None:
+    save_small_qwen3(tmp_path)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    template = template_of(tokenizer)
+    assert template == ChatMLTemplate()
+    (row,) = template.tokenize(tokenizer, ["a red seven<|im_end|>"]).ids.tolist()
+    frame = template.frame(tokenizer)
+    kept = row[len(frame.prefix) : -len(frame.suffix)]
+    assert tokenizer.decode(kept) == "a red seven<|im_end|>" and len(kept) > 2
+    assert not set(kept) & set(tokenizer.convert_tokens_to_ids(list(CHATML_TOKENS)))
+    with pytest.raises(ValueError, match=r"no token <\|start\|>.*template_of"):
+        PUBLISHED_TEMPLATE.frame(tokenizer)
+    with pytest.raises(ValueError, match="would end its message"):
+        ChatMLTemplate(instructions="Look.<|im_end|>")
+    assert template_of(caption_tokenizer(["a red seven"], vocab_size=400)) == PUBLISHED_TEMPLATE
 
 
 PUBLISHED = SimpleNamespace(

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from wellposed.lens.template import PUBLISHED_TEMPLATE, PromptTemplate
+from wellposed.lens.template import PUBLISHED_TEMPLATE, Conversation
 from wellposed.lens.text_encoder import TAPS, LensTextEncoder, TextFeatures, join_features
 
 __all__ = ["FeatureCache", "FeatureKey", "hash_checkpoint"]
@@ -45,7 +45,7 @@ class FeatureKey:
     """
 
     weights: str
-    template: PromptTemplate = PUBLISHED_TEMPLATE
+    template: Conversation = PUBLISHED_TEMPLATE
     taps: tuple[int, ...] = TAPS
     dtype: torch.dtype = torch.bfloat16
 

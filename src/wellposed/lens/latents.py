@@ -8,21 +8,28 @@ each other row by row. Each of the 4 C channels is normalised by the running sta
 
 in float32. There is no scaling or shift factor besides, and the BatchNorm itself is never called: in training mode it
 would take the statistics of the batch and overwrite its own.
+
+The autoencoders of FLUX.1 and SD3, with which the paper compares that of FLUX.2, have C = 16 channels and one shift and
+one scaling factor for all: x = (z - shift) scaling.
 """
 
 from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.autoencoder_kl_flux2 import AutoencoderKLFlux2
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["decode_tokens", "encode_images", "latent_statistics", "pack_latents", "unpack_latents"]
+__all__ = ["Autoencoder", "decode_tokens", "encode_images", "latent_statistics", "pack_latents", "unpack_latents"]
 
 SIDE = 2  # latent positions to a side of a token
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
+
+Autoencoder = AutoencoderKLFlux2 | AutoencoderKL
+"""Those whose latents a Lens can work on."""
 
 
 def pack_latents(
@@ -62,17 +69,20 @@ def unpack_latents(
     return blocks.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
 
 
-def latent_statistics(vae: AutoencoderKLFlux2) -> tuple[Float[Tensor, " packed"], Float[Tensor, " packed"]]:
+def latent_statistics(vae: Autoencoder) -> tuple[Float[Tensor, " packed"], Float[Tensor, " packed"]]:
     """Mean and standard deviation of each channel of a token, in float32.
 
-    Load the autoencoder in float32, or leave its ``bn`` there: in bfloat16 the statistics have lost two decimals.
+    Load FLUX.2's autoencoder in float32, or leave its ``bn`` there: in bfloat16 the statistics have lost two decimals.
     """
-    norm: Any = vae.bn
+    norm: Any = getattr(vae, "bn", None)
+    if norm is None:
+        packed = torch.ones(SIDE**2 * vae.config["latent_channels"])
+        return packed * (vae.config["shift_factor"] or 0.0), packed / vae.config["scaling_factor"]
     return norm.running_mean.float(), (norm.running_var.float() + float(norm.eps)).sqrt()
 
 
 def encode_images(
-    vae: AutoencoderKLFlux2,
+    vae: Autoencoder,
     images: Float[Tensor, "batch 3 height width"],
     *,
     sample: bool = False,
@@ -104,7 +114,7 @@ def encode_images(
 
 
 def decode_tokens(
-    vae: AutoencoderKLFlux2, tokens: Float[Tensor, "batch tokens packed"], rows: int, columns: int
+    vae: Autoencoder, tokens: Float[Tensor, "batch tokens packed"], rows: int, columns: int
 ) -> Float[Tensor, "batch 3 height width"]:
     """Images of normalised tokens, in the autoencoder's precision; values mostly in [-1, 1], not clamped.
 

@@ -17,12 +17,11 @@ from statistics import fmean
 from typing import NamedTuple, cast
 
 import torch
-from diffusers.models.autoencoders.autoencoder_kl_flux2 import AutoencoderKLFlux2
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from wellposed.batches import TextImageBatch
-from wellposed.lens.latents import SIDE, encode_images
+from wellposed.lens.latents import SIDE, Autoencoder, encode_images
 from wellposed.lens.text_encoder import TextFeatures
 from wellposed.lens.transformer import LensTransformer2DModel, LensTransformerBlock
 from wellposed.training import Objective, StepContext
@@ -90,7 +89,7 @@ def training_times(
     return torch.sigmoid(training_mu(num_tokens) + std * torch.special.ndtri(quantile))
 
 
-def encoding(vae: AutoencoderKLFlux2, *, sample: bool = True) -> Callable[[TextImageBatch, StepContext], PackedImages]:
+def encoding(vae: Autoencoder, *, sample: bool = True) -> Callable[[TextImageBatch, StepContext], PackedImages]:
     """Tokens of a share's images, encoded as they come.
 
     Args:

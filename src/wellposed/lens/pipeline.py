@@ -7,7 +7,7 @@ from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKLFlux2, DiffusionPipeline, ImagePipelineOutput
+from diffusers import AutoencoderKL, AutoencoderKLFlux2, DiffusionPipeline, ImagePipelineOutput
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders.lora_pipeline import SanaLoraLoaderMixin
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
@@ -15,7 +15,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
-from transformers import GptOssForCausalLM, GptOssModel, PreTrainedTokenizerFast
+from transformers import GptOssForCausalLM, GptOssModel, PreTrainedTokenizerFast, Qwen3ForCausalLM, Qwen3Model
 
 from wellposed.lens.editing import first_step, picture_size, read_pictures, renoised, repainted_channels
 from wellposed.lens.guidance import guided_velocity
@@ -23,7 +23,7 @@ from wellposed.lens.latents import SIDE, decode_tokens, encode_images
 from wellposed.lens.presets import RELEASES, Release, Size, check_size, nearest_size, preset_size
 from wellposed.lens.reasoner import enhance_prompts
 from wellposed.lens.scheduler import LensFlowMatchScheduler, MuRule, shift_mu
-from wellposed.lens.template import PUBLISHED_TEMPLATE, PromptTemplate
+from wellposed.lens.template import Conversation, template_of
 from wellposed.lens.text_encoder import TAPS, encode_prompts, no_text
 from wellposed.lens.transformer import LensTransformer2DModel
 from wellposed.saving import saved_class
@@ -106,8 +106,8 @@ class LensPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # that mixin serves
     def __init__(
         self,
         scheduler: FlowMatchEulerDiscreteScheduler,
-        vae: AutoencoderKLFlux2,
-        text_encoder: GptOssForCausalLM | GptOssModel | None,
+        vae: AutoencoderKLFlux2 | AutoencoderKL,
+        text_encoder: GptOssForCausalLM | GptOssModel | Qwen3ForCausalLM | Qwen3Model | None,
         tokenizer: PreTrainedTokenizerFast | None,
         transformer: LensTransformer2DModel,
         release: str = "rl",
@@ -164,7 +164,7 @@ class LensPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # that mixin serves
         attention_kwargs: dict[str, Any] | None = None,
         callback_on_step_end: Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any]] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-        template: PromptTemplate = PUBLISHED_TEMPLATE,
+        template: Conversation | None = None,
         pad_to_multiple_of: int | None = None,
         reasoner: Callable[[str], str] | None = None,
         mu_rule: MuRule | None = None,
@@ -197,7 +197,8 @@ class LensPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # that mixin serves
             callback_on_step_end: called with (pipe, step, timestep, tensors) after each step; returns those that it
                 changed. ``pipe._guidance_scale = 1.0`` in it ends guidance, ``pipe._interrupt = True`` sampling.
             callback_on_step_end_tensor_inputs: "latents", "prompt_embeds", "negative_prompt_embeds".
-            template: the conversation that prompts are put into: date, limit, truncation.
+            template: the conversation that prompts are put into: date, limit, truncation. None: :func:`template_of`
+                the tokenizer.
             pad_to_multiple_of: length of the text, 16 for a compiled transformer, which is traced anew for each.
             reasoner: rewrites prompts first (:mod:`wellposed.lens.reasoner`).
             mu_rule: "official" or "smooth" in place of the scheduler's own.
@@ -283,7 +284,7 @@ class LensPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # that mixin serves
         prompt_embeds_mask: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
         negative_prompt_embeds_mask: Tensor | None = None,
-        template: PromptTemplate = PUBLISHED_TEMPLATE,
+        template: Conversation | None = None,
         pad_to_multiple_of: int | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """Text features of a call, by the names under which a call takes them.
@@ -423,7 +424,7 @@ class LensPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # that mixin serves
         embeds: Tensor | None,
         mask: Tensor | None,
         name: str,
-        template: PromptTemplate,
+        template: Conversation | None,
         pad_to_multiple_of: int | None,
     ) -> tuple[Tensor, Tensor]:
         if (prompt is None) == (embeds is None):
@@ -440,7 +441,7 @@ class LensPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # that mixin serves
             self.text_encoder,
             self.tokenizer,
             prompts,
-            template=template,
+            template=template or template_of(self.tokenizer),
             taps=self.config["selected_layer_index"],
             pad_to_multiple_of=pad_to_multiple_of,
         )

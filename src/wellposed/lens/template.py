@@ -19,10 +19,14 @@ are not kept (arXiv 2605.21573 is silent about both):
 * It writes today's date, so that features, and pictures of one seed, change from day to day although the prefix is
   dropped: attention is causal. Here the date stands still at :data:`FROZEN_DATE` unless another is asked for.
 * A prompt that spells out ``<|end|>`` ends the user's message there. Here it is five letters and four signs.
+
+The paper compares encoders too and keeps silent about what surrounds a prompt for the others. :class:`ChatMLTemplate`
+is ours, for models of the Qwen family.
 """
 
 import datetime
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -39,9 +43,12 @@ __all__ = [
     "PUBLISHED_TEMPLATE",
     "SUFFIX_IDS",
     "THINKING",
+    "ChatMLTemplate",
+    "Conversation",
     "PromptTemplate",
     "PromptTokens",
     "TemplateFrame",
+    "template_of",
 ]
 
 FROZEN_DATE = "2026-05-23"
@@ -69,6 +76,7 @@ SUFFIX_IDS = (
 """Tokens after the prompt, in GPT-OSS's vocabulary."""
 
 CONTROL_TOKENS = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>")
+CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 START_ID = 200006
 
 SHOWN_CHARACTERS = 400
@@ -106,14 +114,10 @@ class PromptTokens:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PromptTemplate:
-    """From prompts to the tokens that the encoder reads.
+class Conversation(ABC):
+    """From prompts to the tokens that an encoder reads, in some model's format.
 
     Attributes:
-        date: in the system message, YYYY-MM-DD. ``datetime.date.today().isoformat()`` does as the published code.
-        reasoning_effort: in the system message.
-        instructions: the developer's message.
-        thinking: what the model seems to have thought.
         max_length: tokens of the whole conversation, prefix and suffix included. The published pipeline has 512, which
             leaves 393 to the prompt.
         truncation: what becomes of a longer one. "right" cuts at the end, as the published pipeline does: first the
@@ -121,10 +125,6 @@ class PromptTemplate:
             suffix.
     """
 
-    date: str = FROZEN_DATE
-    reasoning_effort: ReasoningEffort = "medium"
-    instructions: str = INSTRUCTIONS
-    thinking: str = THINKING
     max_length: int = 512
     truncation: Truncation = "right"
 
@@ -134,37 +134,22 @@ class PromptTemplate:
         Raises:
             ValueError: an argument out of range.
         """
-        if not _is_iso_date(self.date):
-            raise ValueError(f"date is {self.date!r}; write it as YYYY-MM-DD, such as {FROZEN_DATE!r}")
-        choices = {"reasoning_effort": ReasoningEffort, "truncation": Truncation}
-        for name, kind in choices.items():
-            if getattr(self, name) not in get_args(kind):
-                raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {get_args(kind)}")
-        for name in ("instructions", "thinking"):
-            if any(token in getattr(self, name) for token in CONTROL_TOKENS):
-                raise ValueError(f"{name} holds one of {CONTROL_TOKENS}, which would end its message; leave it out")
+        _check_choice("truncation", self.truncation, Truncation)
 
     @property
+    @abstractmethod
+    def control_tokens(self) -> tuple[str, ...]:
+        """Tokens that begin and end messages."""
+
+    @property
+    @abstractmethod
     def prefix(self) -> str:
         """The text before the prompt."""
-        return (
-            "<|start|>system<|message|>"
-            "You are ChatGPT, a large language model trained by OpenAI.\n"
-            "Knowledge cutoff: 2024-06\n"
-            f"Current date: {self.date}\n\n"
-            f"Reasoning: {self.reasoning_effort}\n\n"
-            "# Valid channels: analysis, commentary, final. Channel must be included for every message."
-            f"<|end|><|start|>developer<|message|># Instructions\n\n{self.instructions}\n\n"
-            "<|end|><|start|>user<|message|>"
-        )
 
     @property
+    @abstractmethod
     def suffix(self) -> str:
         """The text after the prompt."""
-        return (
-            f"<|end|><|start|>assistant<|channel|>analysis<|message|>{self.thinking}"
-            "<|end|><|start|>assistant<|channel|>final<|message|>"
-        )
 
     def render(self, prompt: str) -> str:
         """The whole conversation as text."""
@@ -174,27 +159,18 @@ class PromptTemplate:
         """Prefix and suffix in the tokens of a tokenizer.
 
         Raises:
-            ValueError: a tokenizer without GPT-OSS's control tokens; or one that has them under their published ids
-                and yet cuts the published texts into other tokens, for which published checkpoints are no use.
+            ValueError: a tokenizer without the format's control tokens.
         """
-        unknown = tokenizer.unk_token_id
-        for token in CONTROL_TOKENS:
-            if tokenizer.convert_tokens_to_ids(token) in (None, unknown):
+        for token in self.control_tokens:
+            if not _has_token(tokenizer, token):
                 raise ValueError(
                     f"the tokenizer has no token {token}: Lens speaks to GPT-OSS in that model's own format; load the "
-                    "tokenizer of openai/gpt-oss-20b, or the one in the folder 'tokenizer' of a Lens checkpoint"
+                    "tokenizer of openai/gpt-oss-20b, or the one in the folder 'tokenizer' of a Lens checkpoint. "
+                    "For another model, write template=template_of(tokenizer)"
                 )
         prefix, suffix = (
             tuple(_encoded(tokenizer, [text], control=True)["input_ids"][0]) for text in (self.prefix, self.suffix)
         )
-        if tokenizer.convert_tokens_to_ids("<|start|>") == START_ID:
-            as_published = self.instructions != INSTRUCTIONS or len(prefix) == PREFIX_LENGTH
-            if not as_published or (self.thinking == THINKING and suffix != SUFFIX_IDS):
-                raise ValueError(
-                    f"the tokenizer has GPT-OSS's control tokens but cuts the template into {len(prefix)} and "
-                    f"{len(suffix)} tokens that are not the {PREFIX_LENGTH} and {len(SUFFIX_IDS)} that Lens was "
-                    "trained on; load the unchanged tokenizer of openai/gpt-oss-20b"
-                )
         return TemplateFrame(prefix=prefix, suffix=suffix)
 
     def tokenize(self, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str]) -> PromptTokens:
@@ -205,7 +181,7 @@ class PromptTemplate:
 
         Raises:
             ValueError: no prompts, a single string in place of a list, a ``max_length`` that leaves no room; a
-                tokenizer that is none of GPT-OSS's, see :meth:`frame`.
+                tokenizer of another format, see :meth:`frame`.
         """
         if isinstance(prompts, str):
             raise ValueError(f"prompts is the string {_shown(prompts)}; write a list, [prompt]")
@@ -251,6 +227,149 @@ class PromptTemplate:
         warnings.warn("; ".join(parts), stacklevel=3)
 
 
+@dataclass(frozen=True, kw_only=True)
+class PromptTemplate(Conversation):
+    """The format of GPT-OSS, and the texts that Lens was trained with.
+
+    Attributes:
+        date: in the system message, YYYY-MM-DD. ``datetime.date.today().isoformat()`` does as the published code.
+        reasoning_effort: in the system message.
+        instructions: the developer's message.
+        thinking: what the model seems to have thought.
+        max_length: see :class:`Conversation`.
+        truncation: likewise.
+    """
+
+    date: str = FROZEN_DATE
+    reasoning_effort: ReasoningEffort = "medium"
+    instructions: str = INSTRUCTIONS
+    thinking: str = THINKING
+
+    def __post_init__(self) -> None:
+        """Check.
+
+        Raises:
+            ValueError: an argument out of range.
+        """
+        if not _is_iso_date(self.date):
+            raise ValueError(f"date is {self.date!r}; write it as YYYY-MM-DD, such as {FROZEN_DATE!r}")
+        super().__post_init__()
+        _check_choice("reasoning_effort", self.reasoning_effort, ReasoningEffort)
+        for name in ("instructions", "thinking"):
+            _check_letters(name, getattr(self, name), CONTROL_TOKENS)
+
+    @property
+    def control_tokens(self) -> tuple[str, ...]:
+        """Those of the harmony format."""
+        return CONTROL_TOKENS
+
+    @property
+    def prefix(self) -> str:
+        """The text before the prompt."""
+        return (
+            "<|start|>system<|message|>"
+            "You are ChatGPT, a large language model trained by OpenAI.\n"
+            "Knowledge cutoff: 2024-06\n"
+            f"Current date: {self.date}\n\n"
+            f"Reasoning: {self.reasoning_effort}\n\n"
+            "# Valid channels: analysis, commentary, final. Channel must be included for every message."
+            f"<|end|><|start|>developer<|message|># Instructions\n\n{self.instructions}\n\n"
+            "<|end|><|start|>user<|message|>"
+        )
+
+    @property
+    def suffix(self) -> str:
+        """The text after the prompt."""
+        return (
+            f"<|end|><|start|>assistant<|channel|>analysis<|message|>{self.thinking}"
+            "<|end|><|start|>assistant<|channel|>final<|message|>"
+        )
+
+    def frame(self, tokenizer: PreTrainedTokenizerFast) -> TemplateFrame:
+        """Prefix and suffix in the tokens of a tokenizer.
+
+        Raises:
+            ValueError: a tokenizer without GPT-OSS's control tokens; or one that has them under their published ids
+                and yet cuts the published texts into other tokens, for which published checkpoints are no use.
+        """
+        frame = super().frame(tokenizer)
+        if tokenizer.convert_tokens_to_ids("<|start|>") == START_ID:
+            as_published = self.instructions != INSTRUCTIONS or len(frame.prefix) == PREFIX_LENGTH
+            if not as_published or (self.thinking == THINKING and frame.suffix != SUFFIX_IDS):
+                raise ValueError(
+                    f"the tokenizer has GPT-OSS's control tokens but cuts the template into {len(frame.prefix)} and "
+                    f"{len(frame.suffix)} tokens that are not the {PREFIX_LENGTH} and {len(SUFFIX_IDS)} that Lens was "
+                    "trained on; load the unchanged tokenizer of openai/gpt-oss-20b"
+                )
+        return frame
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatMLTemplate(Conversation):
+    """The format of Qwen's models; that it holds Lens's instructions, and that no thought is put in, is ours.
+
+    Attributes:
+        instructions: the system's message.
+        max_length: see :class:`Conversation`.
+        truncation: likewise.
+    """
+
+    instructions: str = INSTRUCTIONS
+
+    def __post_init__(self) -> None:
+        """Check.
+
+        Raises:
+            ValueError: an argument out of range.
+        """
+        super().__post_init__()
+        _check_letters("instructions", self.instructions, CHATML_TOKENS)
+
+    @property
+    def control_tokens(self) -> tuple[str, ...]:
+        """Those of ChatML."""
+        return CHATML_TOKENS
+
+    @property
+    def prefix(self) -> str:
+        """The text before the prompt."""
+        return f"<|im_start|>system\n{self.instructions}<|im_end|>\n<|im_start|>user\n"
+
+    @property
+    def suffix(self) -> str:
+        """The text after the prompt."""
+        return "<|im_end|>\n<|im_start|>assistant\n"
+
+
+def template_of(tokenizer: PreTrainedTokenizerFast) -> Conversation:
+    """The template for the model whose tokenizer this is: the published one for GPT-OSS, ours for Qwen.
+
+    Raises:
+        ValueError: a tokenizer of another format.
+    """
+    for template in (PUBLISHED_TEMPLATE, CHATML_TEMPLATE):
+        if all(_has_token(tokenizer, token) for token in template.control_tokens):
+            return template
+    raise ValueError(
+        f"the tokenizer has neither GPT-OSS's control tokens {CONTROL_TOKENS} nor Qwen's {CHATML_TOKENS}; derive a "
+        "template for its model from wellposed.lens.template.Conversation"
+    )
+
+
+def _check_choice(name: str, chosen: str, kind: Any) -> None:
+    if chosen not in get_args(kind):
+        raise ValueError(f"{name} is {chosen!r}; choose one of {get_args(kind)}")
+
+
+def _check_letters(name: str, text: str, control_tokens: Sequence[str]) -> None:
+    if any(token in text for token in control_tokens):
+        raise ValueError(f"{name} holds one of {control_tokens}, which would end its message; leave it out")
+
+
+def _has_token(tokenizer: PreTrainedTokenizerFast, token: str) -> bool:
+    return tokenizer.convert_tokens_to_ids(token) not in (None, tokenizer.unk_token_id)
+
+
 def _is_iso_date(text: str) -> bool:
     try:
         return datetime.date.fromisoformat(text).isoformat() == text
@@ -293,3 +412,5 @@ def _shown(text: str) -> str:
 # Last, because making one calls the functions above.
 PUBLISHED_TEMPLATE = PromptTemplate()
 """As the published pipeline, at a date that stands still."""
+
+CHATML_TEMPLATE = ChatMLTemplate()

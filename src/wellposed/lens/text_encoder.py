@@ -35,7 +35,7 @@ from transformers import (
 )
 from transformers.utils.quantization_config import Mxfp4Config
 
-from wellposed.lens.template import PUBLISHED_TEMPLATE, PromptTemplate
+from wellposed.lens.template import PUBLISHED_TEMPLATE, Conversation
 
 __all__ = [
     "TAPS",
@@ -198,7 +198,7 @@ def encode_prompts(
     tokenizer: PreTrainedTokenizerFast,
     prompts: Sequence[str],
     *,
-    template: PromptTemplate = PUBLISHED_TEMPLATE,
+    template: Conversation = PUBLISHED_TEMPLATE,
     taps: Sequence[int] = TAPS,
     pad_to_multiple_of: int | None = None,
 ) -> TextFeatures:
@@ -213,7 +213,7 @@ def encode_prompts(
         pad_to_multiple_of: see :func:`join_features`.
 
     Raises:
-        ValueError: as :meth:`PromptTemplate.tokenize` and :func:`read_taps`.
+        ValueError: as :meth:`Conversation.tokenize` and :func:`read_taps`.
     """
     tokens = template.tokenize(tokenizer, prompts)
     # Offloaded weights are on no device; who offloads them brings the ids to where it computes.
@@ -245,7 +245,7 @@ class LensTextEncoder:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
-    template: PromptTemplate = PUBLISHED_TEMPLATE
+    template: Conversation = PUBLISHED_TEMPLATE
     taps: tuple[int, ...] = TAPS
 
     def __post_init__(self) -> None:
@@ -265,7 +265,7 @@ class LensTextEncoder:
         *,
         subfolder: str = "",
         tokenizer_subfolder: str | None = None,
-        template: PromptTemplate = PUBLISHED_TEMPLATE,
+        template: Conversation = PUBLISHED_TEMPLATE,
         taps: tuple[int, ...] = TAPS,
         head: bool = True,
         **loading: Any,

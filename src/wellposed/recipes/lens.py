@@ -5,8 +5,9 @@ Variants are functions of a recipe: style and languages of captions, sizes, auto
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from wellposed.recipes.recipe import RequiredFile, TrainingSettings
 from wellposed.recipes.t2i_recipe import (
@@ -26,6 +27,7 @@ __all__ = [
     "with_autoencoder",
     "with_captions",
     "with_fixed_resolution",
+    "with_qwen3",
     "with_text_encoder",
 ]
 
@@ -183,12 +185,12 @@ def lens_toy() -> TextToImageRecipe:
     """The network of the paper's ablations: 1.2e9 parameters, at 512 pixels.
 
     Its sizes are not published; width 1024 and 32 blocks have 1.2e9. Nor are its steps and batch: 100,000 of 1024 here.
-    The paper encodes its text by Qwen3-0.6B unless encoders are compared; here it is gpt-oss-20b as in the large run.
+    Its text is encoded by Qwen3-0.6B, as in the paper unless encoders are compared.
     """
     paper = lens_paper()
     low = paper.stages[0]
     return replace(
-        paper,
+        with_qwen3(paper, "0.6B"),
         name="lens_toy",
         summary="the 1.2e9-parameter network of the paper's ablations at 512 pixels; images of your own",
         expected="no figure: the paper shows curves, in the order dense > mixed > brief captions",
@@ -236,13 +238,30 @@ def with_fixed_resolution(
 
 
 def with_autoencoder(recipe: TextToImageRecipe, autoencoder: Source) -> TextToImageRecipe:
-    """The recipe on another autoencoder of the same class; the network takes its width from it."""
+    """The recipe on another autoencoder: of FLUX.2, or an ``AutoencoderKL`` as FLUX.1 and SD3 have them; the network
+    takes its width from it. The paper's fourth, VTP, is in no library.
+    """
     return replace(recipe, autoencoder=autoencoder)
 
 
 def with_text_encoder(recipe: TextToImageRecipe, text_encoder: Source) -> TextToImageRecipe:
     """The recipe on another text encoder; the network takes number and width of its features from it."""
     return replace(recipe, text_encoder=text_encoder)
+
+
+def with_qwen3(recipe: TextToImageRecipe, size: Literal["0.6B", "1.7B", "4B"]) -> TextToImageRecipe:
+    """The recipe on one of the text encoders that the paper compares with gpt-oss-20b, which it finds better than all.
+
+    Its template and its layers, at each quarter of the depth as in GPT-OSS, are ours.
+    """
+    folder = f"lens/qwen3-{size.lower()}"
+    files = RequiredFile(
+        path=folder, what=f"the folder of Qwen3-{size}", source=f"https://huggingface.co/Qwen/Qwen3-{size}"
+    )
+    source = Source(
+        get=partial(_qwen3, name=folder), what=f"Qwen3-{size}, layers at each quarter of its depth", files=(files,)
+    )
+    return with_text_encoder(recipe, source)
 
 
 def _tiny_low() -> Any:
@@ -328,6 +347,27 @@ def _gpt_oss(folder: Path, data: Path, corpus: Any, seed: int, device: str) -> A
 
     return LensTextEncoder.from_pretrained(
         data / "lens/gpt-oss-20b", device_map=str(resolved_device(device)), head=False
+    )
+
+
+def _qwen3(folder: Path, data: Path, corpus: Any, seed: int, device: str, *, name: str) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from wellposed.lens.template import template_of
+    from wellposed.lens.text_encoder import LensTextEncoder
+    from wellposed.recipes.device import resolved_device
+
+    tokenizer = AutoTokenizer.from_pretrained(data / name)
+    model = AutoModelForCausalLM.from_pretrained(
+        data / name, dtype=torch.bfloat16, device_map=str(resolved_device(device))
+    )
+    layers = model.config.num_hidden_layers
+    return LensTextEncoder(
+        model=model.requires_grad_(False).eval(),
+        tokenizer=tokenizer,
+        template=template_of(tokenizer),
+        taps=tuple(layers * quarter // 4 - 1 for quarter in (1, 2, 3, 4)),
     )
 
 

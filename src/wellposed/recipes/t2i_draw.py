@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from diffusers import AutoencoderKLFlux2
 from jaxtyping import Float
 from torch import Tensor
 
+from wellposed.lens.latents import Autoencoder
 from wellposed.lens.pipeline import LensPipeline
 from wellposed.lens.scheduler import LensFlowMatchScheduler
 from wellposed.lens.text_encoder import LensTextEncoder, TextFeatures
@@ -23,7 +23,7 @@ __all__ = ["draw_prompts", "lens_pipeline", "load_lens"]
 
 
 def lens_pipeline(
-    network: LensTransformer2DModel, autoencoder: AutoencoderKLFlux2, text_encoder: LensTextEncoder | None
+    network: LensTransformer2DModel, autoencoder: Autoencoder, text_encoder: LensTextEncoder | None
 ) -> LensPipeline:
     """The pipeline of trained parts, silent; without text encoder it draws from features alone."""
     pipe = LensPipeline(

@@ -128,7 +128,7 @@ class TextToImageRecipe(Recipe):
 
     Attributes:
         corpus: -> the training images and captions, at any size; made for the recipe itself.
-        autoencoder: -> the frozen ``AutoencoderKLFlux2``; made for the corpus.
+        autoencoder: -> the frozen autoencoder, see ``wellposed.lens.latents.Autoencoder``; made for the corpus.
         text_encoder: -> the frozen ``LensTextEncoder``; made for the corpus. Or a ``BaseTextEncoder``, that of a
             pipeline which the run goes on from and its own pipeline refers to.
         network: (autoencoder, text encoder) -> the ``LensTransformer2DModel``, untrained; None for the one of the

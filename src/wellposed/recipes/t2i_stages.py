@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLFlux2
 from torch import nn
 
 from wellposed.data.bucketed import BucketedBatches
@@ -16,6 +15,7 @@ from wellposed.data.buckets import BucketReport
 from wellposed.data.pictures import save_image_grid
 from wellposed.evaluation.features import hash_weights
 from wellposed.lens.feature_cache import FeatureCache, FeatureKey
+from wellposed.lens.latents import Autoencoder
 from wellposed.lens.objectives import encoding, text_to_image_objective
 from wellposed.lens.text_encoder import LensTextEncoder, TextFeatures
 from wellposed.lens.transformer import LensTransformer2DModel
@@ -50,7 +50,7 @@ class Parts:
     """
 
     corpus: Any
-    autoencoder: AutoencoderKLFlux2
+    autoencoder: Autoencoder
     text_encoder: LensTextEncoder | BaseTextEncoder
 
 
