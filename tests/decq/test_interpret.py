@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from wellposed.decq.autoencoder import AutoencoderDecQ
-from wellposed.decq.interpret import _without, attention_maps, tap_report
+from wellposed.decq.interpret import _without, attention_maps, decoder_attention, tap_report
 
 Build = Callable[..., AutoencoderDecQ]
 
@@ -53,7 +53,7 @@ def test_shares_sum_to_one(telling: Build, pictures: torch.Tensor, context: str)
     assert all(len(values) == 3 for values in report.to_dict().values())
     assert sum(report.movement) == pytest.approx(1, abs=1e-6)
     assert sum(report.reconstruction) == pytest.approx(1, abs=1e-6)
-    assert all(0 <= share <= 1 for share in (*report.movement, *report.reconstruction))
+    assert all(0 <= share <= 1 for share in (*report.movement, *report.reconstruction, *report.attention))
     tokens = 16 if context == "patch" else 21
     assert all(1 / tokens <= share <= 1 for share in report.coverage)
     for error, share in zip(report.error, report.reconstruction, strict=True):
@@ -124,6 +124,43 @@ def test_movement_is_how_far_queries_go(telling: Build, pictures: torch.Tensor) 
     assert tap_report(model, pictures).movement == pytest.approx(expected, rel=1e-5)
 
 
+def test_what_attention_writes_and_what_the_ffn(telling: Build, pictures: torch.Tensor) -> None:
+    model = telling()
+    with torch.no_grad():
+        tokens, condenser = tapped_tokens(model, pictures)[0], model.condensers.condensers[0]
+        queries = model.condensers.start(tokens)
+        written = condenser.attn(condenser.norm_queries(queries), condenser.norm_tokens(tokens))
+        by_ffn = condenser.ffn(condenser.norm_ffn(queries + written))
+        mine, others = (float(part.norm(dim=-1).mean()) for part in (written, by_ffn))
+    assert tap_report(model, pictures).attention[0] == pytest.approx(mine / (mine + others), rel=1e-5)
+    for number, part in enumerate((model.condensers.condensers[0].ffn[-1], model.condensers.condensers[1].attn.to_out)):
+        nn.init.zeros_(part.weight)
+        nn.init.zeros_(part.bias)
+        assert tap_report(model, pictures).attention[number] == pytest.approx(1 - number, abs=1e-6)
+    cut_off(model, 1)
+    assert tap_report(model, pictures).attention[1] == 0
+
+
+def test_how_much_the_decoder_reads_of_queries(telling: Build, pictures: torch.Tensor) -> None:
+    model = telling()
+    read: list[torch.Tensor] = []
+    first = model.decoder.decoder_layers[0]
+    first.layernorm_before.register_forward_hook(lambda module, inputs, output: read.append(output.detach()))
+    masses = decoder_attention(model, pictures)
+    attention, (tokens,) = first.attention, read
+    assert tokens.shape == (3, 1 + 16 + 3, 32)
+    with torch.no_grad():
+        query, key = (part(tokens).unflatten(-1, (2, 16)) for part in (attention.to_q, attention.to_k))
+    weights = torch.softmax(torch.einsum("bqhd,bkhd->bhqk", query, key) / 4, dim=-1)
+    assert masses[0] == pytest.approx(float(weights[:, :, 1:17, 17:].sum(-1).mean()), rel=1e-5)
+    assert len(masses) == 2 and all(0 < mass < 1 for mass in masses)
+    for layer in model.decoder.decoder_layers:
+        nn.init.zeros_(layer.attention.to_q.weight)
+        nn.init.zeros_(layer.attention.to_q.bias)
+    assert decoder_attention(model, pictures) == pytest.approx((3 / 20, 3 / 20), rel=1e-5)
+    assert not any(layer.attention._forward_pre_hooks for layer in model.decoder.decoder_layers)
+
+
 def test_attention_maps_are_distributions(telling: Build, pictures: torch.Tensor) -> None:
     model = telling()
     maps = attention_maps(model, pictures)
@@ -167,5 +204,9 @@ def test_bad_models(build: Build, pictures: torch.Tensor) -> None:
     for look in (tap_report, attention_maps):
         with pytest.raises(ValueError, match="no queries, and so no taps"):
             look(build(num_queries=0), pictures)
-    with pytest.raises(ValueError, match=r"training mode .* call eval\(\)"):
-        tap_report(build(noise_tau=0.8).train(), pictures)
+    for fields in ({"num_queries": 0}, {"num_queries": None, "query_fusion": "channels", "query_bottleneck_dim": 6}):
+        with pytest.raises(ValueError, match="decoder reads no query tokens"):
+            decoder_attention(build(**fields), pictures)
+    for look in (tap_report, decoder_attention):
+        with pytest.raises(ValueError, match=r"training mode .* call eval\(\)"):
+            look(build(noise_tau=0.8).train(), pictures)

@@ -22,21 +22,25 @@ from wellposed.data.images import ImageDataset, StoredPixels
 from wellposed.data.latents import LatentDataset
 from wellposed.decq.autoencoder import AutoencoderDecQ
 from wellposed.decq.discriminator import FrozenFeatureDiscriminator
+from wellposed.decq.interpret import decoder_attention, tap_report
 from wellposed.decq.latents import EncodedImages
 from wellposed.decq.pipeline import DecQPipeline
+from wellposed.evaluation.features import unit_images
 from wellposed.evaluation.inception import FIDInception
-from wellposed.recipes import RECIPES, FIDEvaluation, decq, latent_stages, recipe_of
+from wellposed.recipes import RECIPES, FIDEvaluation, decq, latent_evaluate, latent_stages, recipe_of
 from wellposed.recipes.decq import (
     IMAGENET_TAPS,
     TINY_TAPS,
     concatenated,
     decq_imagenet256,
+    decq_imagenet256_guided,
     decq_tiny,
     distilled,
     finetuned,
     guided,
     on_siglip2,
     tiny_encoder,
+    with_generator,
     with_joint_loss,
 )
 from wellposed.recipes.latent_draw import draw_images, load_generator, reconstructed
@@ -46,6 +50,7 @@ from wellposed.recipes.latent_stages import autoencoder_stage
 from wellposed.recipes.optimize import player
 from wellposed.recipes.real_images import real_images
 from wellposed.recipes.recipe import DATA_VARIABLE, RequiredFile, TrainingSettings
+from wellposed.recipes.run_folder import resolved_settings
 from wellposed.recipes.stages import StageOptions
 from wellposed.training import TrainingInterrupted
 from wellposed.training.run import Run
@@ -185,7 +190,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_they_are_listed() -> None:
-    assert {"decq_tiny", "decq_imagenet256"} <= set(RECIPES)
+    assert {"decq_tiny", "decq_imagenet256", "decq_imagenet256_guided"} <= set(RECIPES)
 
 
 def test_published_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -213,6 +218,23 @@ def test_published_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     with pytest.raises(FileNotFoundError, match=r"imagenet is missing: .*image-net\.org"):
         recipe.train(tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_validation_images_are_cut_as_the_reference_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "val" / "ant").mkdir(parents=True)
+    noise = torch.randint(0, 256, (531, 1300, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    wide = Image.fromarray(noise.numpy())
+    wide.save(tmp_path / "val" / "ant" / "0.png")
+    wide.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "val" / "ant" / "1.png")
+    images = decq_imagenet256().test_dataset(tmp_path)
+    found = images.source.read(torch.arange(2))
+    assert found.shape == (2, 3, 256, 256)
+    # Halved once, since 531 is at least twice 256; then to 628 x 256, of which the middle stays.
+    small = wide.resize((650, 265), Image.Resampling.BOX).resize((628, 256), Image.Resampling.BICUBIC)
+    expected = torch.from_numpy(np.array(small.crop((186, 0, 442, 256)))).permute(2, 0, 1)
+    assert torch.equal(found[0], expected)
+    torch.testing.assert_close(found[1].float(), expected.rot90(1, (1, 2)).float(), rtol=0, atol=40)
+    assert (found[1].float() - expected.rot90(1, (1, 2))).abs().mean() < 1
 
 
 def test_published_learning_rate_of_stage_one() -> None:
@@ -253,6 +275,7 @@ def test_published_networks_have_their_size(change: Any, total: float, trained_w
         guide = guided(recipe).guide
         assert guide is not None
         small = guide.network(autoencoder, 1000)
+        chosen = with_generator(recipe, "S").generator(autoencoder, 1000)
     assert autoencoder.grid == 16
     # The published count has the fixed positions in it.
     weights = sum(p.numel() for p in generator.parameters()) + generator.positions.numel()
@@ -268,6 +291,7 @@ def test_published_networks_have_their_size(change: Any, total: float, trained_w
         generator.config[name] for name in ("num_queries", "in_channels")
     ]
     assert sum(p.numel() for p in small.parameters()) < total / 4
+    assert chosen.config == small.config, "tables 3 and 5 to 7 are of the guide's size"
 
 
 def test_variants_change_what_they_say() -> None:
@@ -297,12 +321,28 @@ def test_variants_change_what_they_say() -> None:
     guide = guided(recipe)
     assert guide.guide is not None and guide.guide.training.max_steps == 60 * 1251
     assert guide.sampling.guidance_scale == 1.6
+    assert guide.name == "decq_imagenet256_guided" == decq_imagenet256_guided().name
     assert json.loads(json.dumps(guide.settings()))["guide"]["max_steps"] == 60 * 1251
     assert any("siglip2" in file.path for file in on_siglip2(recipe).required_files())
     assert not any("dinov2" in file.path for file in on_siglip2(recipe).required_files())
     for taps, layers in ((IMAGENET_TAPS, 12), (TINY_TAPS, 8)):
         assert list(taps) == ["spread", "shallow", "deep", "all"]
         assert all(0 <= layer < layers for chosen in taps.values() for layer in chosen)
+
+
+def test_a_run_is_sampled_as_it_was_trained_to_be(tmp_path: Path) -> None:
+    """``wellposed sample`` and ``evaluate`` know of a run what its folder says."""
+    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "pipeline" / "model_index.json").write_text("{}")
+    plain = decq_imagenet256()
+    for recipe in (plain, guided(plain), guided(plain, scale=1.42), with_generator(guided(plain), "S")):
+        (tmp_path / "recipe.json").write_text(json.dumps(resolved_settings(recipe)))
+        found = recipe_of(tmp_path)
+        assert (found.name, found.sampling) == (recipe.name, recipe.sampling)
+    (tmp_path / "recipe.json").write_text(json.dumps({"recipe": "decq_imagenet256_guided"}))
+    assert recipe_of(tmp_path).sampling.guidance_scale == 1.6, "its own, where nothing is recorded"
+    sampling = replace(plain.sampling, guidance_scale=1.5, guidance_interval=(0.25, 1.0))
+    assert (plain.sampling.guidance, sampling.guidance) == ("", ", w = 1.5 for t in [0.25, 1]")
 
 
 # --- a run
@@ -329,6 +369,18 @@ def test_a_run_leaves_everything(run: Path) -> None:
     for name in ("step_00000002", "step_00000004"):
         assert (run / "samples" / f"{name}.png").is_file()
         assert (run / "autoencoder" / f"{name}.png").is_file()
+    taps = [json.loads(line) for line in (run / "autoencoder" / "taps.jsonl").read_text().splitlines()]
+    assert [line.pop("step") for line in taps] == [2, 4]
+    measures = ("movement", "attention", "coverage", "error", "reconstruction")
+    logged = {f"layer {layer}/{name}" for layer in (0, 1) for name in measures} | {"decoder 0/attention on queries"}
+    assert all(set(line) == logged for line in taps) and taps[0] != taps[1]
+    autoencoder = AutoencoderDecQ.from_pretrained(run / "autoencoder" / "weights").eval()
+    images = unit_images(few_test_images(run).batch(range(COUNT)).images)
+    report = tap_report(autoencoder, images)
+    assert taps[1]["layer 1/attention"] == pytest.approx(report.attention[1], rel=1e-4)
+    assert taps[1]["layer 0/reconstruction"] == pytest.approx(report.reconstruction[0], rel=1e-3, abs=1e-6)
+    masses = decoder_attention(autoencoder, images)
+    assert taps[1]["decoder 0/attention on queries"] == pytest.approx(masses[0], rel=1e-4)
     leftovers = [path for path in run.rglob(".*") if not path.name.startswith(".metadata")]
     assert leftovers == []
 
@@ -440,6 +492,13 @@ def test_reconstructions_are_of_the_plain_images(run: Path) -> None:
     torch.testing.assert_close(made, autoencoder(originals).sample.clamp(0, 1), rtol=0, atol=1e-5)
     found = measure_reconstruction(autoencoder, images, block_sizes=(16, 1), batch_size=5)
     assert found.count == COUNT == len(found.images)
+    batches: list[int] = []
+    measure_reconstruction(autoencoder, images, batch_size=5, on_batch=lambda made, those: batches.append(len(those)))
+    assert batches == [5, 5, 2]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(latent_evaluate, "NUM_KEPT", 7)
+        few = measure_reconstruction(autoencoder, images, batch_size=5)
+    assert few.count == COUNT and torch.equal(few.images, found.images[:7])
     whole = torch.cat([part for part, _ in reconstructed(autoencoder, images)])
     originals = images.source.pixels.double() / 255
     errors = (whole.double() - originals).square().mean((1, 2, 3))
@@ -473,6 +532,31 @@ def test_scores_are_kept(run: Path) -> None:
     assert "colours and roughness" in table.caption
     with pytest.raises(ValueError, match="count is 1"):
         recipe.evaluate(run, count=1)
+
+
+def test_scores_say_how_images_were_drawn(run: Path, tmp_path: Path) -> None:
+    """Guided, and with queries discarded: labels and cards of their own, beside those of plain samples."""
+    for name in ("recipe.json", "pipeline"):
+        (tmp_path / name).symlink_to(run / name)
+    recipe = small_recipe()
+    guided_recipe = replace(recipe, sampling=replace(recipe.sampling, guidance_scale=1e4))
+    vae = load_generator(run / "pipeline", CPU).vae
+    plain = recipe.autoencoder(vae.encoder, **recipe.with_queries(0).autoencoder_fields).eval()
+    found = [
+        score_latent(recipe, tmp_path, steps=3, device="cpu"),
+        score_latent(guided_recipe, tmp_path, steps=3, device="cpu"),
+        score_latent(recipe, tmp_path, steps=3, device="cpu", patch_decoder=plain),
+    ]
+    assert [scores[-1].of for scores in found] == ["T = 3", "T = 3, w = 10000", "T = 3, queries discarded"]
+    assert "n = 8, no guidance, reference" in found[0][-1].card
+    assert "n = 8, classifier-free guidance w = 10000, reference" in found[1][-1].card
+    distances = [next(one.value for one in scores if one.of[0] == "T") for scores in found]
+    assert len(set(distances)) == 3
+    assert [len(scores) for scores in found] == [6, 6, 3], "reconstructions are the run's own"
+    # Those of the guided call took the place of the same reconstructions.
+    assert len(json.loads((tmp_path / "scores.json").read_text())) == 3 + 9
+    with pytest.raises(ValueError, match="patch_decoder must be a plain RAE"):
+        score_latent(recipe, tmp_path, steps=3, device="cpu", patch_decoder=vae)
 
 
 def test_damaged_scores_are_named(run: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from wellposed.batches import ImageBatch
 
 __all__ = [
+    "ADMFraming",
     "Framing",
     "ImageDataset",
     "PictureFiles",
@@ -118,6 +119,28 @@ class Framing:
         square = opaque(picture, self.channels).crop(self.box or _central_square(picture.size))
         if square.size != (self.size, self.size):
             square = square.resize((self.size, self.size), getattr(Image.Resampling, self.resize_filter.upper()))
+        return np.asarray(square).reshape(self.size, self.size, self.channels).transpose(2, 0, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ADMFraming(Framing):
+    """The square that reference statistics of ImageNet are of, after the evaluation suite of ADM.
+
+    Halved with a box filter while the shorter side stays at least the size, resized until it is the size, then cut.
+    ``box`` is cut out first, if it is given.
+    """
+
+    def apply(self, picture: Image.Image) -> np.ndarray:
+        """The picture as uint8 of shape (channels, size, size)."""
+        whole = opaque(picture, self.channels)
+        whole = whole if self.box is None else whole.crop(self.box)
+        while min(whole.size) >= 2 * self.size:
+            whole = whole.resize((whole.width // 2, whole.height // 2), Image.Resampling.BOX)
+        scale = self.size / min(whole.size)
+        width, height = round(whole.width * scale), round(whole.height * scale)
+        whole = whole.resize((width, height), getattr(Image.Resampling, self.resize_filter.upper()))
+        left, top = (width - self.size) // 2, (height - self.size) // 2
+        square = whole.crop((left, top, left + self.size, top + self.size))
         return np.asarray(square).reshape(self.size, self.size, self.channels).transpose(2, 0, 1)
 
 

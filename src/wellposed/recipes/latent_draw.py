@@ -18,13 +18,21 @@ from wellposed.training.context import derived_seed
 __all__ = ["draw_images", "load_generator", "reconstructed"]
 
 
-def load_generator(pipeline: Path, device: torch.device) -> DecQPipeline:
+def load_generator(
+    pipeline: Path, device: torch.device, *, patch_decoder: AutoencoderDecQ | None = None
+) -> DecQPipeline:
     """An exported pipeline, silent and ready to evaluate.
 
+    Args:
+        pipeline: its folder.
+        device: where it goes.
+        patch_decoder: a plain autoencoder, for ``discard_queries``; None for that of the pipeline, if it has one.
+
     Raises:
-        ValueError: files that are missing or damaged.
+        ValueError: files that are missing or damaged, a ``patch_decoder`` for other patches.
     """
-    pipe = loaded_pipeline(DecQPipeline, pipeline).to(device)
+    parts = {} if patch_decoder is None else {"patch_decoder": patch_decoder}
+    pipe = loaded_pipeline(DecQPipeline, pipeline, **parts).to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from wellposed.recipes.run_folder import RunFolder, open_run, write_json
 __all__ = ["LatentScore", "Reconstruction", "measure_reconstruction", "score_latent", "score_table"]
 
 RECONSTRUCTION = "reconstruction"
+NUM_KEPT = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +40,7 @@ class Reconstruction:
         psnr: mean over images, dB, of clamped pixels that are not rounded.
         ssim: mean over images.
         bands: squared error of each image by frequency: of its mean colour, of block means, of what is finer.
-        images: the reconstructions, 8 bit.
+        images: the first reconstructions, at most 64, 8 bit.
     """
 
     count: int
@@ -56,6 +57,7 @@ def measure_reconstruction(
     count: int | None = None,
     block_sizes: Sequence[int] | None = None,
     batch_size: int = 64,
+    on_batch: Callable[[Tensor, Tensor], None] = lambda made, originals: None,
 ) -> Reconstruction:
     """Of the first ``count`` images of a set.
 
@@ -65,24 +67,28 @@ def measure_reconstruction(
         count: how many, None for all.
         block_sizes: of the bands, see :func:`wellposed.evaluation.frequency.band_errors`.
         batch_size: images at a time.
+        on_batch: called with each batch's reconstructions, 8 bit, and images in [0, 1]; few of them are kept.
     """
     decibels: list[Tensor] = []
     similarities: list[Tensor] = []
     bands: BandErrors | None = None
-    made: list[Tensor] = []
+    kept: list[Tensor] = []
     for decoded, originals in reconstructed(autoencoder, images, count=count, batch_size=batch_size):
         decibels.append(psnr(decoded, originals, data_range=1.0))
         similarities.append(ssim(decoded, originals, data_range=1.0))
         errors = band_errors(decoded, originals, block_sizes)
         bands = errors if bands is None else bands.merge(errors)
-        made.append((decoded * 255).round().to(torch.uint8))
+        made = (decoded * 255).round().to(torch.uint8)
+        on_batch(made, originals)
+        if sum(map(len, kept)) < NUM_KEPT:
+            kept.append(made)
     assert bands is not None
     return Reconstruction(
         count=len(bands.mse),
         psnr=float(torch.cat(decibels).mean()),
         ssim=float(torch.cat(similarities).mean()),
         bands=bands,
-        images=torch.cat(made),
+        images=torch.cat(kept)[:NUM_KEPT],
     )
 
 
@@ -92,7 +98,8 @@ class LatentScore:
 
     Attributes:
         what: "PSNR", "SSIM", "FID", "Frechet distance", "precision", "recall", "Inception score".
-        of: "reconstruction", or "T = 50" for samples with 50 steps.
+        of: "reconstruction", or "T = 50" for samples with 50 steps; "T = 50, w = 1.6" guided, and with ", queries
+            discarded" where patches alone were decoded.
         count: images scored.
         seed: of the samples.
         value: the score.
@@ -121,14 +128,27 @@ def score_latent(
     device: str = "auto",
     resume: bool = False,
     on_progress: OnProgress = no_progress,
+    patch_decoder: AutoencoderDecQ | None = None,
 ) -> list[LatentScore]:
     """Score reconstructions of test images and samples at the recipe's step counts; kept in ``scores.json``.
 
-    Arguments as of ``Recipe.evaluate``. Samples have equally many images of each class where the count allows it.
+    Samples have equally many images of each class where the count allows it.
+
+    Args:
+        recipe: the run's, with the guidance to score.
+        run: its folder.
+        count: samples.
+        steps: of sampling, None for all step counts.
+        seed: of the samples.
+        device: where it runs.
+        resume: take scores from the file that are there.
+        on_progress: called with what, done, total.
+        patch_decoder: a plain autoencoder on the same encoder. With it samples alone are scored, whose queries are
+            denoised and then discarded: it decodes their patches.
 
     Raises:
         FileNotFoundError: files that scoring needs are missing.
-        ValueError: no such run, or settings out of range.
+        ValueError: no such run, settings out of range, or a ``patch_decoder`` for other patches.
     """
     folder = open_run(run)
     count = recipe.evaluation.num_samples if count is None else count
@@ -139,13 +159,16 @@ def score_latent(
     pipe: DecQPipeline | None = None
     real: RealImages | None = None
     scores: list[LatentScore] = []
-    for num_steps in (None, *(recipe.sampling.step_counts if steps is None else (steps,))):
-        of = RECONSTRUCTION if num_steps is None else f"T = {num_steps}"
+    discards = patch_decoder is not None
+    how = recipe.sampling.guidance + (", queries discarded" if discards else "")
+    step_counts = recipe.sampling.step_counts if steps is None else (steps,)
+    for num_steps in (*(() if discards else (None,)), *step_counts):
+        of = RECONSTRUCTION if num_steps is None else f"T = {num_steps}{how}"
         found = [one for one in kept if (one.of, one.seed) == (of, seed) and (num_steps is None or one.count == count)]
         if found and resume:
             scores += found
             continue
-        pipe = pipe or load_generator(folder.pipeline, chosen)
+        pipe = pipe or load_generator(folder.pipeline, chosen, patch_decoder=patch_decoder)
         real = real or real_images(
             recipe.evaluation,
             recipe.training_images,
@@ -157,39 +180,46 @@ def score_latent(
         if num_steps is None:
             fresh = _score_reconstructions(pipe.vae, recipe.test_images(), real, seed, on_progress)
         else:
-            drawn = draw_images(pipe, recipe.sampling, count=count, num_inference_steps=num_steps, seed=seed)
-            fresh = _score_samples(announced(drawn, of, count, on_progress), real, of, count, seed)
+            drawn = draw_images(
+                pipe, recipe.sampling, count=count, num_inference_steps=num_steps, seed=seed, discard_queries=discards
+            )
+            about = f"n = {count}, {_guidance_line(recipe, pipe)}"
+            fresh = _score_samples(announced(drawn, of, count, on_progress), real, of, about, count, seed)
         scores += fresh
         kept = [*(other for other in kept if other not in found), *fresh]
         write_json(folder.scores_file, [asdict(one) for one in kept])
     return scores
 
 
+def _guidance_line(recipe: LatentRecipe, pipe: DecQPipeline) -> str:
+    guidance = recipe.sampling.guidance.removeprefix(", ")
+    if not guidance:
+        return "no guidance"
+    return f"{'classifier-free guidance' if pipe.guide is None else 'AutoGuidance'} {guidance}"
+
+
 def _score_reconstructions(
     autoencoder: AutoencoderDecQ, images: ImageDataset, real: RealImages, seed: int, on_progress: OnProgress
 ) -> list[LatentScore]:
     started = time.perf_counter()
-    made = measure_reconstruction(autoencoder, images)
-    on_progress(RECONSTRUCTION, made.count, made.count)
-    batches = (real.extractor(part / 255, image_format="8-bit") for part in made.images.split(64))
-    originals = ImageDataset(name=images.name, source=images.source)
-    theirs = torch.cat(
-        [
-            real.extractor((originals.batch(range(start, min(start + 64, made.count))).images + 1) / 2)
-            for start in range(0, made.count, 64)
-        ]
-    )
-    distance = frechet_distance(
-        FeatureStatistics.from_features(torch.cat(list(batches)).cpu()), FeatureStatistics.from_features(theirs.cpu())
-    )
+    ours: list[Tensor] = []
+    theirs: list[Tensor] = []
+
+    def extract(made: Tensor, originals: Tensor) -> None:
+        ours.append(real.extractor(made / 255, image_format="8-bit").cpu())
+        theirs.append(real.extractor(originals).cpu())
+
+    found = measure_reconstruction(autoencoder, images, on_batch=extract)
+    on_progress(RECONSTRUCTION, found.count, found.count)
+    distance = frechet_distance(*(FeatureStatistics.from_features(torch.cat(part)) for part in (ours, theirs)))
     seconds = round(time.perf_counter() - started, 3)
-    about = f"{made.count} images of {images.name}"
-    values = {"PSNR": made.psnr, "SSIM": made.ssim, real.metric: distance}
+    about = f"{found.count} images of {images.name}"
+    values = {"PSNR": found.psnr, "SSIM": found.ssim, real.metric: distance}
     return [
         LatentScore(
             what=what,
             of=RECONSTRUCTION,
-            count=made.count,
+            count=found.count,
             seed=seed,
             value=value,
             floor=None,
@@ -200,7 +230,9 @@ def _score_reconstructions(
     ]
 
 
-def _score_samples(batches: Iterable[Tensor], real: RealImages, of: str, count: int, seed: int) -> list[LatentScore]:
+def _score_samples(
+    batches: Iterable[Tensor], real: RealImages, of: str, about: str, count: int, seed: int
+) -> list[LatentScore]:
     started = time.perf_counter()
     features = torch.cat([part.cpu() for part in real.extractor.batches(batches, image_format="8-bit")])
     values = {real.metric: frechet_distance(FeatureStatistics.from_features(features), real.statistics)}
@@ -221,7 +253,7 @@ def _score_samples(batches: Iterable[Tensor], real: RealImages, of: str, count: 
             value=value,
             floor=real.floor(count) if what == real.metric else None,
             seconds=seconds,
-            card=f"n = {count}, reference {real.name} {real.statistics.fingerprint()[:8]}, {_extractor_line(real)}",
+            card=f"{about}, reference {real.name} {real.statistics.fingerprint()[:8]}, {_extractor_line(real)}",
         )
         for what, value in values.items()
     ]

@@ -1,6 +1,6 @@
 """Runs that end in images of a generator on the latents of a representation autoencoder."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -127,6 +127,15 @@ class LatentSamplingSettings:
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     batch_size: int = 64
 
+    @property
+    def guidance(self) -> str:
+        """Of labels: "" for none, else ", w = 1.6", and the times within which it acts where these are not all."""
+        if self.guidance_scale == 1:
+            return ""
+        low, high = self.guidance_interval
+        times = "" if (low, high) == (0, 1) else f" for t in [{low:g}, {high:g}]"
+        return f", w = {self.guidance_scale:g}{times}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class LatentRecipe(Recipe):
@@ -228,6 +237,14 @@ class LatentRecipe(Recipe):
             sample=sample_latent,
             evaluate=lambda recipe, run, **chosen: score_table(score_latent(recipe, run, **chosen)),
         )
+
+    def sampled_as(self, settings: Mapping[str, Any]) -> "LatentRecipe":
+        """With the sampling that a run's :meth:`settings` record: its guidance may be another than the recipe's."""
+        recorded: dict[str, Any] = dict(settings.get("sampling", {}))
+        for name in ("step_counts", "guidance_interval"):
+            if name in recorded:
+                recorded[name] = tuple(recorded[name])
+        return replace(self, sampling=replace(self.sampling, **recorded))
 
     def with_queries(
         self, num_queries: int | None, layers: Sequence[int] | None = None, **fields: Any

@@ -20,12 +20,13 @@ from wellposed.batches import ImageBatch
 from wellposed.data.images import ImageDataset
 from wellposed.data.pictures import save_image_grid
 from wellposed.decq.autoencoder import AutoencoderDecQ
+from wellposed.decq.interpret import decoder_attention, tap_report
 from wellposed.decq.latents import EncodedImages, cache_latents, latent_statistics
 from wellposed.decq.objectives import discriminator_objective, latent_flow_objective, reconstruction_objective
 from wellposed.decq.pipeline import DecQPipeline
 from wellposed.decq.scheduler import ShiftedFlowScheduler, dimension_shift
 from wellposed.decq.transformer import DecQTransformer2DModel
-from wellposed.evaluation.features import hash_weights
+from wellposed.evaluation.features import hash_weights, unit_images
 from wellposed.recipes.ddpm_draw import grid_columns
 from wellposed.recipes.latent_draw import draw_images, reconstructed
 from wellposed.recipes.latent_recipe import GenerationSettings, LatentRecipe
@@ -48,6 +49,7 @@ from wellposed.training import (
 )
 from wellposed.training.distributed import Workers, worker_group
 from wellposed.training.export import replaced_folder
+from wellposed.training.metrics import MetricsFile
 
 __all__ = [
     "GENERATOR",
@@ -62,7 +64,8 @@ __all__ = [
 
 AUTOENCODER, DISCRIMINATOR, GENERATOR = "autoencoder", "discriminator", "generator"
 FINISHED_FILE = "finished.json"
-NUM_SHOWN, NUM_GRID_IMAGES = 10, 40
+TAPS_FILE = "taps.jsonl"
+NUM_SHOWN, NUM_TAPPED, NUM_GRID_IMAGES = 10, 16, 40
 
 
 def encoder_stage(recipe: LatentRecipe, folder: Path, options: StageOptions) -> nn.Module:
@@ -288,7 +291,7 @@ def _distilled(objective: Objective, autoencoder: AutoencoderDecQ, weight: float
     reference = copy.deepcopy(autoencoder).requires_grad_(False).eval()
     del reference.decoder, reference.condensers
 
-    def referencefrozen_on(context: StepContext) -> AutoencoderDecQ:
+    def reference_on(context: StepContext) -> AutoencoderDecQ:
         nn.Module.to(reference, context.device)
         return reference
 
@@ -299,7 +302,7 @@ def _distilled(objective: Objective, autoencoder: AutoencoderDecQ, weight: float
         pixels = (batch.images + 1) / 2
         ours, theirs = (
             model.encoder_tokens(pixels, hidden_states=False).last
-            for model in (cast(AutoencoderDecQ, models[context.player]), referencefrozen_on(context))
+            for model in (cast(AutoencoderDecQ, models[context.player]), reference_on(context))
         )
         distance = nn.functional.mse_loss(ours, theirs)
         return loss + weight * distance, {**metrics, "distance": distance}
@@ -332,7 +335,7 @@ def _keep(autoencoder: AutoencoderDecQ, folder: Path, steps: int, workers: Worke
 
 
 class _ShowReconstructions(Callback):
-    """At every checkpoint: test images above, what becomes of them below."""
+    """At every checkpoint: test images above, what becomes of them below; in ``taps.jsonl``, what each tap does."""
 
     def __init__(self, recipe: LatentRecipe, folder: Path) -> None:
         self.recipe, self.folder = recipe, folder
@@ -345,6 +348,27 @@ class _ShowReconstructions(Callback):
         ((images, originals),) = reconstructed(autoencoder, self.recipe.test_images(), count=NUM_SHOWN)
         both = torch.cat([originals, images])
         save_image_grid(both, self.folder / f"{path.name}.png", columns=len(images), enlarge=2)
+        if autoencoder.condensers is not None:
+            self._log_taps(autoencoder, run.step)
+
+    def _log_taps(self, autoencoder: AutoencoderDecQ, step: int) -> None:
+        """Of the same few images each time, so that one sees whether taps part."""
+        test = self.recipe.test_images()
+        batch = ImageDataset(name=test.name, source=test.source).batch(range(min(NUM_TAPPED, len(test))))
+        images = unit_images(batch.images).to(autoencoder.device)
+        report = tap_report(autoencoder, images).to_dict()
+        layers = report.pop("layers")
+        found = {
+            f"layer {layer}/{name}": value
+            for name, values in report.items()
+            for layer, value in zip(layers, values, strict=True)
+        }
+        if autoencoder.num_query_tokens:
+            masses = decoder_attention(autoencoder, images)
+            found |= {f"decoder {block}/attention on queries": mass for block, mass in enumerate(masses)}
+        file = MetricsFile(self.folder / TAPS_FILE, resumed_step=step - 1)
+        file.write({"step": step, **found})
+        file.close()
 
 
 class _ExportPipeline(Callback):

@@ -2,7 +2,8 @@
 
 =============================  ===============================================================================
 ``encoder/``                   what a recipe that trains its own encoder keeps of it
-``autoencoder/``               stage one: checkpoints, ``metrics.jsonl``; ``model/`` has the statistics too
+``autoencoder/``               stage one: checkpoints, ``metrics.jsonl``; ``taps.jsonl``, what each tap does at every
+                               checkpoint (:mod:`wellposed.decq.interpret`); ``model/`` has the statistics too
 ``latents/``                   of the training images
 ``guide/``                     the guide's checkpoints and ``model/``
 ``checkpoints/``, ...          stage two, and the usual files of a run (:mod:`wellposed.recipes.run_folder`)
