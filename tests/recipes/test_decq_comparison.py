@@ -12,14 +12,16 @@ from torch import nn
 from wellposed.data.images import ImageDataset, StoredPixels
 from wellposed.evaluation.frechet import FeatureStatistics, frechet_distance
 from wellposed.recipes import decq_comparison, latent_stages
-from wellposed.recipes.decq import TINY_TAPS, concatenated, decq_tiny
+from wellposed.recipes.decq import TINY_TAPS, concatenated, decq_tiny, tiny_encoder, with_joint_loss
 from wellposed.recipes.decq_comparison import (
+    RAE,
     Arm,
     GenerationCurve,
     ReconstructionOutcome,
     arms,
     compare_generation,
     compare_reconstructions,
+    convergence,
     stage_one,
     time_to_reach,
 )
@@ -92,6 +94,8 @@ ARMS = [
     Arm(name="last 2 layers, K = 2", recipe=RECIPE.with_queries(2, (1,), num_summed_layers=2)),
     Arm(name="feature concat", recipe=concatenated(RECIPE, channels=3)),
 ]
+SUMMED = Arm(name="last 2 layers", recipe=RECIPE.with_queries(0, num_summed_layers=2))
+JOINT = Arm(name="K = 2, one mean", recipe=with_joint_loss(RECIPE), autoencoder="K = 2, spread")
 
 
 @pytest.fixture(scope="module")
@@ -266,6 +270,24 @@ def test_the_last_distance_is_that_of_what_is_kept(
     assert not torch.equal(*shown)
 
 
+def test_an_arm_may_have_the_autoencoder_of_another(
+    curves: list[GenerationCurve], encoder: nn.Module, folder: Path, real: RealImages, steps_taken: dict[str, int]
+) -> None:
+    plain, joint = compared(encoder, folder, real, [ARMS[0], JOINT])
+    assert plain == curves[0]
+    assert steps_taken == {"generator": 4}
+    assert joint.frechet != curves[1].frechet and joint.discarded is not None
+    assert sorted(path.name for path in (folder / "k-2-one-mean-0").iterdir()) == ["generator"]
+
+
+def test_patches_of_summed_layers_have_their_own_decoder(
+    curves: list[GenerationCurve], encoder: nn.Module, folder: Path, real: RealImages
+) -> None:
+    *_, with_queries = compared(encoder, folder, real, [ARMS[0], SUMMED, ARMS[2]])
+    assert replace(with_queries, discarded=None) == curves[2]
+    assert with_queries.discarded not in (None, with_queries.frechet[-1])
+
+
 class Died(Exception):
     """In place of a process that is gone."""
 
@@ -359,3 +381,40 @@ def test_a_curve_reaches_its_own_best_where_it_is() -> None:
     assert time_to_reach(curve, min(distances)) == 400
     faster = replace(curve, frechet=tuple(value - 1 for value in distances))
     assert time_to_reach(faster, min(distances)) == pytest.approx(300 + 100 * (5 - 2.5) / (5 - 1.5))
+
+
+def test_seeds_that_never_get_there_are_counted() -> None:
+    def curves(*all_distances: tuple[float, ...]) -> list[GenerationCurve]:
+        return [replace(curve_of(distances), seed=seed) for seed, distances in enumerate(all_distances)]
+
+    plain = curves((10.0, 6.0, 4.0), (9.0, 5.0, 5.0))
+    faster = convergence(curves((8.0, 4.0, 3.0), (5.0, 4.0, 3.0)), plain)
+    assert (faster.arm, faster.by, faster.ratios) == ("a", "epochs", (1.5, 2.0))
+    assert (faster.censored, faster.at_most) == (0, ())
+    assert faster.mean == pytest.approx((1.75, 0.25))
+    some = convergence(curves((8.0, 4.0, 3.0), (9.0, 8.0, 7.0)), plain, by="seconds")
+    assert some.ratios == (pytest.approx(9 / 4), None)
+    assert (some.censored, some.at_most, some.mean) == (1, (pytest.approx(4 / 9),), None)
+    with pytest.raises(ValueError, match=r"none of the plain autoencoder for seeds \[1\]"):
+        convergence(curves((1.0,), (1.0,)), plain[:1])
+
+
+# --- the claim itself
+
+
+@pytest.mark.slow
+def test_queries_bring_colour_back_and_shallow_taps_more_of_it(tmp_path: Path) -> None:
+    """On digits in random colours, with an encoder that learned shapes without them: L1 alone, equal steps."""
+    recipe = decq_tiny()
+    stage = replace(recipe.reconstruction, perceptual=None, discriminator=None)
+    recipe = replace(recipe, reconstruction=stage)
+    encoder = tiny_encoder(tmp_path / "encoder", recipe.training_images(), steps=150, seed=0, device="cpu")
+    chosen = [Arm(name=RAE, recipe=recipe.with_queries(0))]
+    chosen += [Arm(name=name, recipe=recipe.with_queries(8, TINY_TAPS[name])) for name in ("shallow", "spread", "deep")]
+    found = compare_reconstructions(chosen, encoder, tmp_path, steps=200, block_sizes=(32, 8, 1), count=300)
+    plain, shallow, spread, deep = found
+    for outcome in (shallow, spread):
+        gain, error = outcome.gain
+        assert gain - 3 * error > 0.3
+        assert outcome.bands[0] < plain.bands[0] / 2, "the error of mean colours"
+    assert shallow.gain[0] > deep.gain[0] + 3 * max(shallow.gain[1], deep.gain[1])

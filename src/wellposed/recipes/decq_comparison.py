@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, stdev
 
 import torch
 from torch import Tensor, nn
@@ -41,11 +42,13 @@ from wellposed.training import Callback, Run
 
 __all__ = [
     "Arm",
+    "Convergence",
     "GenerationCurve",
     "ReconstructionOutcome",
     "arms",
     "compare_generation",
     "compare_reconstructions",
+    "convergence",
     "stage_one",
     "time_to_reach",
 ]
@@ -61,10 +64,12 @@ class Arm:
     Attributes:
         name: as in tables and plots.
         recipe: how it is made.
+        autoencoder: name of the arm whose stage one it has too, differing in stage two only; None for its own.
     """
 
     name: str
     recipe: LatentRecipe
+    autoencoder: str | None = None
 
 
 def arms(
@@ -178,9 +183,8 @@ def stage_one(
 ) -> Trained[AutoencoderDecQ]:
     """An arm's autoencoder, trained or taken from the folder."""
     options = StageOptions(seed=seed, device=device, steps=steps)
-    return autoencoder_stage(
-        arm.recipe, encoder, arm.recipe.training_images(), folder / f"{_slug(arm.name)}-{seed}", options
-    )
+    where = _folder_of(arm.autoencoder or arm.name, seed, folder)
+    return autoencoder_stage(arm.recipe, encoder, arm.recipe.training_images(), where, options)
 
 
 def _outcome(
@@ -223,8 +227,8 @@ class GenerationCurve:
         epochs: passes over the images that these are.
         seconds: CPU time of training up to there, without measuring and saving, nor the first step of a process.
         frechet: distance of samples from the averaged weights to the training images.
-        discarded: the last distance with the patches decoded by the plain autoencoder of the same seed; None without
-            query tokens, or where patch latents are others than its own.
+        discarded: the last distance with the patches decoded by the plain autoencoder of the same patch latents and
+            seed; None without query tokens, or where no such one stands before the arm.
     """
 
     arm: str
@@ -254,7 +258,8 @@ def compare_generation(
     """Train a generator on the latents of every arm with every seed, and follow its Frechet distance.
 
     Args:
-        chosen: the arms; the first one is the plain autoencoder, with which patches alone are decoded.
+        chosen: the arms; the first one is the plain autoencoder. Where queries are discarded, patches are decoded by
+            the plain one before the arm that sums as many layers.
         encoder: the frozen one of all.
         folder: of autoencoders, shared with :func:`compare_reconstructions`, and of generators.
         real: what samples are compared with.
@@ -274,23 +279,25 @@ def compare_generation(
         raise ValueError(f"the first arm, {chosen[0].name!r}, has queries; put the plain autoencoder first")
     curves: list[GenerationCurve] = []
     for seed in seeds:
-        plain: AutoencoderDecQ | None = None
+        plain: dict[int, AutoencoderDecQ] = {}
         for arm in chosen:
             autoencoder = stage_one(arm, encoder, folder, seed=seed, steps=reconstruction_steps, device=device).model
-            plain = plain or autoencoder
-            where = folder / f"{_slug(arm.name)}-{seed}"
+            summed = autoencoder.config["num_summed_layers"]
+            if autoencoder.condensers is None:
+                plain[summed] = autoencoder
+            where = _folder_of(arm.name, seed, folder)
             options = StageOptions(seed=seed, device=device, steps=steps)
             images = arm.recipe.training_images()
-            latents = latent_stage(arm.recipe, autoencoder, images, where / "latents", options)
+            cache = _folder_of(arm.autoencoder or arm.name, seed, folder) / "latents"
+            latents = latent_stage(arm.recipe, autoencoder, images, cache, options)
             measure = _Measure(arm.recipe, autoencoder, real, count, sampling_steps, seed)
             follow = _FollowFrechet(measure, every, where / "generator" / "curve.json")
             generator = generator_stage(
                 arm.recipe, autoencoder, latents, where / "generator", options, callbacks=[follow]
             ).model
             samples = torch.cat(list(measure.samples(generator)))
-            same_patches = autoencoder.config["num_summed_layers"] == plain.config["num_summed_layers"]
-            discards = autoencoder.num_query_tokens > 0 and same_patches
-            discarded = measure(generator, patch_decoder=plain) if discards else None
+            discards = autoencoder.num_query_tokens > 0 and summed in plain
+            discarded = measure(generator, patch_decoder=plain[summed]) if discards else None
             per_epoch = len(images) / arm.recipe.generation.training.batch_size
             curve = GenerationCurve(
                 arm=arm.name,
@@ -320,6 +327,62 @@ def time_to_reach(curve: GenerationCurve, value: float, *, by: str = "steps") ->
             share = (before - value) / (before - distance)
             return times[index - 1] + share * (times[index] - times[index - 1])
     return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Convergence:
+    """How many times faster an arm is at the best distance of the plain autoencoder's generator.
+
+    Attributes:
+        arm: its name.
+        by: what is counted: "steps", "epochs" or "seconds".
+        ratios: for each seed, the plain one's time to its own best over the arm's to the same; None where the arm never
+            gets there.
+        censored: how many never do. All that is known of such a seed is that its ratio is below ``at_most``.
+        at_most: for each seed that never does, the plain one's time over all of the arm's.
+        mean: of the ratios, with its standard error (NaN for one seed); None where one is censored, since a mean of
+            those that got there would be of the lucky ones.
+    """
+
+    arm: str
+    by: str
+    ratios: tuple[float | None, ...]
+    censored: int
+    at_most: tuple[float, ...]
+    mean: tuple[float, float] | None
+
+
+def convergence(
+    curves: Sequence[GenerationCurve], plain: Sequence[GenerationCurve], *, by: str = "epochs"
+) -> Convergence:
+    """Of one arm's curves against those of the plain autoencoder with the same seeds.
+
+    Raises:
+        ValueError: no curves, or a seed that the plain autoencoder has no curve of.
+    """
+    theirs = {curve.seed: curve for curve in plain}
+    lacking = sorted({curve.seed for curve in curves} - theirs.keys())
+    if not curves or lacking:
+        raise ValueError(f"{len(curves)} curves, and none of the plain autoencoder for seeds {lacking}; give both")
+    ratios: list[float | None] = []
+    at_most: list[float] = []
+    for curve in curves:
+        best = min(theirs[curve.seed].frechet)
+        base, own = time_to_reach(theirs[curve.seed], best, by=by), time_to_reach(curve, best, by=by)
+        assert base is not None
+        ratios.append(None if own is None else base / own)
+        if own is None:
+            at_most.append(base / getattr(curve, by)[-1])
+    reached = [ratio for ratio in ratios if ratio is not None]
+    error = stdev(reached) / len(reached) ** 0.5 if len(reached) > 1 else float("nan")
+    return Convergence(
+        arm=curves[0].arm,
+        by=by,
+        ratios=tuple(ratios),
+        censored=len(at_most),
+        at_most=tuple(at_most),
+        mean=None if at_most else (fmean(reached), error),
+    )
 
 
 @dataclass(frozen=True)
@@ -397,6 +460,10 @@ class _FollowFrechet(Callback):
     def _write(self) -> None:
         curve = {"steps": self.steps, "seconds": self.seconds, "frechet": self.frechet}
         write_json(self.path, {**curve, "checkpoint": self._at_checkpoint})
+
+
+def _folder_of(arm: str, seed: int, folder: Path) -> Path:
+    return folder / f"{_slug(arm)}-{seed}"
 
 
 def _slug(name: str) -> str:
