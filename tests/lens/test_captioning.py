@@ -66,6 +66,12 @@ def test_metadata_without_a_caption_cost_no_other_sample(source, metadata, messa
         raise ValueError(bad.error)
 
 
+def test_identity_says_where_captions_are_from():
+    sources = ("caption", "short", ("short", "caption"), len, {}.get)
+    identities = [MetadataCaptioner(source=source).identity for source in sources]
+    assert all(identities.count(identity) == 1 for identity in identities)
+
+
 @pytest.mark.parametrize("source", ["", ()])
 def test_no_source(source):
     with pytest.raises(ValueError, match="name a field"):

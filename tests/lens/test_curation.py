@@ -415,6 +415,134 @@ def test_captions_are_found_under_their_style(small, tmp_path):
         assert batch.captions[0] == expected and batch.images.shape == (2, 3, 64, 64)
 
 
+def test_a_journal_cut_within_a_letter_is_gone_on_with(small, tmp_path):
+    raw, _ = small
+    text = "一座灯塔 {}"
+    with pytest.raises(ConnectionError):
+        curate(raw, tmp_path, SMALL, tools=CurationTools(captioner=Captioner(text=text, dies_after=4)))
+    (journal,) = (tmp_path / "answers").rglob("*.jsonl")
+    content = journal.read_bytes()
+    journal.write_bytes(content[: content.rindex("灯".encode()) + 1])
+    captioner = Captioner(text=text)
+    assert curate(raw, tmp_path, SMALL, tools=CurationTools(captioner=captioner)).kept == 10
+    assert len(captioner.asked) == 7
+
+
+def test_where_nobody_answered_is_asked_anew_and_a_refusal_only_on_demand(small, tmp_path):
+    raw, _ = small
+    fails = {"0000000002": "no answer: it timed out", "0000000004": "refused: it will not"}
+    report = curate(raw, tmp_path, SMALL, tools=CurationTools(captioner=Captioner(fails)))
+    assert report.kept == 8 and report.captions.cost == 5
+    captioner = Captioner({"0000000004": "asked in vain"})
+    report = curate(raw, tmp_path, SMALL, tools=CurationTools(captioner=captioner))
+    assert captioner.asked == ["0000000002"] and report.kept == 9
+    assert report.captions.cost == 5.5 and report.captions.failures == {"refused": 1}, "both answers are paid for"
+    # The stage made anew: the journal knows of the refusal, too.
+    other = replace(SMALL, max_caption_words=400)
+    report = curate(raw, tmp_path, other, tools=CurationTools(captioner=captioner), redo=True)
+    assert captioner.asked == ["0000000002"] and report.captions.failures == {"refused": 1}
+    report = curate(raw, tmp_path, other, tools=CurationTools(captioner=Captioner()), ask_again=True)
+    assert report.kept == 10 and report.captions.cost == 6
+
+
+class IdentifiedCaptioner(Captioner):
+    """With something that its captions depend on."""
+
+    def __init__(self, asks_for, **options):
+        super().__init__(**options)
+        self.identity = {"model": "a/model", "asks_for": asks_for}
+
+
+def test_captions_of_other_instructions_are_not_taken_for_these(small, tmp_path):
+    raw, _ = small
+    colours = IdentifiedCaptioner("colours", text="red")
+    curate(raw, tmp_path, SMALL, tools=CurationTools(captioner=colours))
+    curate(raw, tmp_path, SMALL, tools=CurationTools(captioner=colours))
+    shapes = IdentifiedCaptioner("shapes", text="round")
+    with pytest.raises(ValueError, match=r"from captions \(.*'asks_for': 'colours'.*now .*'shapes'.*pass redo=True"):
+        curate(raw, tmp_path, SMALL, tools=CurationTools(captioner=shapes))
+    curate(raw, tmp_path, SMALL, tools=CurationTools(captioner=shapes), redo=True)
+    assert {sample["txt"] for sample in samples_of(tmp_path).values()} == {b"round"} and len(shapes.asked) == 10
+    report = curate(raw, tmp_path, SMALL, tools=CurationTools(captioner=colours), redo=True)
+    assert {sample["txt"] for sample in samples_of(tmp_path).values()} == {b"red"} and len(colours.asked) == 10
+    assert report.captions.cost == 5, "of these captions, not of the others"
+    names = sorted(path.name for path in (tmp_path / "answers").iterdir())
+    assert len(names) == 2 and all(name.startswith("dense-IdentifiedCaptioner-a-model-") for name in names)
+
+
+class TellingCaptioner(Captioner):
+    """Tells results backwards, and is interrupted after some."""
+
+    at_a_time = 5
+
+    def __init__(self, interrupted_after=None, **options):
+        super().__init__(**options)
+        self.calls, self.left = [], interrupted_after
+
+    def ask(self, requests, on_result):
+        self.calls.append(len(requests))
+        results = []
+        for request in reversed(requests):
+            if self.left == 0:
+                raise KeyboardInterrupt
+            self.left = None if self.left is None else self.left - 1
+            results += self([request])
+            on_result(results[-1])
+        return results[::-1]
+
+
+def test_answers_are_kept_when_they_are_told(small, tmp_path):
+    raw, _ = small
+    first = TellingCaptioner(interrupted_after=3)
+    with pytest.raises(KeyboardInterrupt):
+        curate(raw, tmp_path, SMALL, tools=CurationTools(captioner=first))
+    assert first.calls == [5] and len(first.asked) == 3
+    second = TellingCaptioner()
+    report = curate(raw, tmp_path, SMALL, tools=CurationTools(captioner=second))
+    assert sorted(first.asked + second.asked) == sorted(set(first.asked + second.asked)) and report.kept == 10
+    assert report.captions.cost == 5 and max(second.calls) <= 5
+    curate(raw, tmp_path / "straight", SMALL, tools=CurationTools(captioner=Captioner()))
+    assert shard_bytes(tmp_path) == shard_bytes(tmp_path / "straight")
+
+
+def test_hours_are_those_of_the_clock_however_many_ask_at_a_time(small, tmp_path):
+    raw, _ = small
+    curate(raw, tmp_path, SMALL, tools=CurationTools(captioner=Captioner()))
+    spans = ((1000.0, 1030.0), (1020.0, 1050.0))  # of two units; then another run
+    for journal, (began, ended) in zip(sorted((tmp_path / "answers").rglob("*.jsonl")), spans, strict=True):
+        lines = [json.loads(line) for line in journal.read_text(encoding="utf-8").split("\n")[:-1]]
+        lines = [{**line, "began": began, "ended": ended} for line in lines]
+        lines[-1] |= {"began": 2000.0, "ended": 2010.0}
+        journal.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    captions = report_of(tmp_path).captions
+    assert captions.elapsed_seconds == 60 and captions.request_seconds == pytest.approx(1.0)
+    assert captions.spent["hours"] == pytest.approx(60 / 3600) and captions.spent["cost"] == 5
+
+
+def test_what_a_user_knows_of_the_cost_is_left_alone(small, tmp_path):
+    raw, _ = small
+    curate(raw, tmp_path, SMALL, tools=CurationTools(captioner=Captioner()))
+    told = tmp_path / "shards" / "captioning.json"
+    assert json.loads(told.read_text())["cost"] == 5
+    curate(raw, tmp_path, SMALL, redo=True)
+    assert not told.exists(), "it was that of other captions"
+    told.write_text('{"hours": 7}')
+    curate(raw, tmp_path, SMALL)
+    curate(raw, tmp_path, replace(SMALL, min_clarity=400.0), redo=True)
+    assert ShardedImages.open(tmp_path / "shards").captioning_cost == {"hours": 7}
+
+
+def test_shards_follow_all_that_is_written_into_them(small, tmp_path):
+    raw, _ = small
+    mine, tools = copied(raw, tmp_path / "raw"), CurationTools(captioner=Captioner())
+    curate(mine, tmp_path / "out", SMALL, tools=tools)
+    (mine / "3.json").write_text(json.dumps({"licence": "CC0", "captions": {"brief": "shapes"}}))
+    curate(mine, tmp_path / "out", replace(SMALL, max_caption_words=400), tools=tools, redo=True)
+    about = samples_of(tmp_path / "out")["3.png"]["json"]
+    assert about["about"] == {"licence": "CC0"} and about["captions"]["brief"] == "shapes"
+    assert len(tools.captioner.asked) == 10
+
+
 @pytest.mark.parametrize(
     ("text", "reason"), [("word " * 501, "too many words"), ("...", "no words"), ("一" * 501, "too many words")]
 )

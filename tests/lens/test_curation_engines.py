@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from wellposed.lens import curation_engines
 from wellposed.lens.curation import CurationConfig, CurationTools, audit, curate
 from wellposed.lens.curation_engines import do_all
 
@@ -142,6 +143,76 @@ def test_crashes_without_a_cause_end_the_run(tmp_path, workers):
 def test_errors_of_workers_are_raised_here(tmp_path, workers):
     with pytest.raises(OSError, match="the disk is full"):
         run(workers.fails, range(8), tmp_path, workers=2)
+
+
+def test_workers_that_never_start_end_the_run(tmp_path, monkeypatch):
+    begun = []
+
+    def broken(work, waiting, notes, workers, on_done):
+        begun.append(list(waiting))
+        return [waiting.popleft()]
+
+    monkeypatch.setattr(curation_engines, "_until_broken", broken)
+    with pytest.raises(RuntimeError, match=r"before they began anything.*__main__.*importable.*memory.*workers=1"):
+        run(print, range(3), tmp_path, workers=2)
+    assert begun == [[0, 1, 2]] * 2
+
+
+@pytest.mark.slow
+def test_a_script_without_its_guard_is_told_so(tmp_path, raw):
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"from wellposed.lens.curation import CurationConfig, curate\n"
+        f"curate({str(raw)!r}, {str(tmp_path / 'out')!r}, CurationConfig(unit_size=1), workers=2)\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=400)
+    assert done.returncode != 0 and "ended before they began anything" in done.stderr
+
+
+@pytest.mark.parametrize("keys", ["aabbccdd", "aba", "abbcc"])
+def test_many_samples_of_a_unit_may_be_blamed(tmp_path, monkeypatch, keys):
+    """A worker dies at each of these samples, one after the other; only those where two died in a row are causes."""
+    deaths = list(keys)
+
+    def dying(work, waiting, notes, workers, on_done):
+        number = waiting.popleft()
+        if not deaths:
+            on_done(number)
+            (notes / str(number)).unlink(missing_ok=True)
+            return []
+        (notes / str(number)).write_text(deaths.pop(0))
+        return [number]
+
+    monkeypatch.setattr(curation_engines, "_until_broken", dying)
+    deaths.insert(0, "")  # the one that makes it a suspect
+    told = run(print, [7], tmp_path, workers=2)
+    assert "".join(told["blamed"]) == {"aabbccdd": "abcd", "aba": "", "abbcc": "bc"}[keys] and told["done"] == [7]
+
+
+def test_a_sample_at_which_two_runs_in_a_row_ended_is_rejected(tmp_path, raw, monkeypatch):
+    """With one worker it is the run that ends; what it leaves then is written here by hand."""
+    out = tmp_path / "out"
+
+    def ends_at(key):
+        with monkeypatch.context() as patched:
+            patched.setattr(curation_engines, "_do_noted", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                curate(raw, out, SMALL)
+        (out / "working").mkdir(exist_ok=True)
+        (out / "working" / "1").write_text(key)
+
+    for key in ("0000000005", "", "0000000005", "0000000006", "0000000005", "0000000005"):
+        ends_at(key)
+        assert not (out / "fatal.txt").exists()
+    report = curate(raw, out, SMALL)
+    assert {r.source: r.reason for r in audit(out)} == {"5.png": "fatal", "broken.png": "not a picture"}
+    assert report.kept == 7 and "a sample ended its process twice" in report.events[0]["what"]
+
+
+def test_an_error_leaves_no_suspect(tmp_path, workers):
+    with pytest.raises(OSError, match="the disk is full"):
+        run(workers.fails, [3], tmp_path)
+    assert not list((tmp_path / "notes").iterdir())
 
 
 def test_a_curation_survives_a_killed_worker(tmp_path, raw, workers):

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import logging
 import pickle
 import threading
@@ -13,7 +14,7 @@ import pytest
 from PIL import Image
 
 from tests.lens.chat_server import answers, breaks_off, hangs_up, says
-from wellposed.lens.captioning import Captioner, CaptionRequest, CaptionStatistics
+from wellposed.lens.captioning import Captioner, CaptionRequest, CaptionResult, CaptionStatistics, TellingCaptioner
 from wellposed.lens.chat_endpoint import EndpointError
 from wellposed.lens.endpoint_captioner import EndpointCaptioner
 
@@ -160,6 +161,39 @@ def test_no_picture_is_not_sent(endpoint):
     assert len(endpoint.requests) == 2
 
 
+def test_results_are_told_when_they_are_there(endpoint):
+    endpoint.answers += [names_the_colour, answers(400), names_the_colour]
+    caption, told = captioner(endpoint, concurrency=1), []
+    assert isinstance(caption, TellingCaptioner) and caption.at_a_time == 4
+
+    def keep(result: CaptionResult) -> None:
+        assert len(endpoint.requests) == len(told) + 1
+        told.append(result)
+
+    assert caption.ask(requests(4), keep) == told and [result.reason for result in told][1] == "turned down"
+
+
+def test_what_cannot_be_kept_ends_the_call(endpoint):
+    endpoint.answers.append(names_the_colour)
+
+    def keep(result: CaptionResult) -> None:
+        raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="the disk is full"):
+        captioner(endpoint, concurrency=1).ask(requests(40), keep)
+    assert len(endpoint.requests) < 5
+
+
+def test_identity_is_what_captions_depend_on(endpoint):
+    first = captioner(endpoint, parameters={"top_p": 0.5}).identity
+    same = {"base_url": "http://127.0.0.1:1/v1", "api_key": KEY, "concurrency": 3, "retries": 0, "max_tokens": 99}
+    same |= {"parameters": {"top_p": 0.5, "max_completion_tokens": 9}, **PRICES, "max_cost": 1.0}
+    assert captioner(endpoint, **same).identity == first and KEY not in json.dumps(first)
+    others = ({"model": "b"}, {"instructions": "Say."}, {"temperature": 1.0}, {"seed": 1}, {"languages": ("French",)})
+    for other in (*others, {"max_words": 9}, {"image_side": 9}, {"parameters": {}}):
+        assert captioner(endpoint, **{"parameters": {"top_p": 0.5}, **other}).identity != first
+
+
 def test_concurrency_is_bounded_and_used(endpoint):
     active, most, lock, three = 0, 0, threading.Lock(), threading.Barrier(3)
 
@@ -260,7 +294,7 @@ def test_bad_requests_are_errors_of_their_pictures(endpoint):
     endpoint.answers += [names_the_colour, answers(400, b"picture too wide"), names_the_colour]
     results = captioner(endpoint, concurrency=1)(requests(3))
     assert [bool(result.text) for result in results] == [True, False, True]
-    assert results[1].reason == "no answer" and "400 Bad Request: picture too wide" in results[1].error
+    assert results[1].reason == "turned down" and "400 Bad Request: picture too wide" in results[1].error
 
 
 def test_silence(endpoint):

@@ -135,6 +135,14 @@ def test_a_model_says_what_it_sees(load):
     assert caption([]) == []
 
 
+def test_results_are_told_after_their_batch(load, folder):
+    caption, told = load(batch_size=2), []
+    results = caption.ask([request(colour, key=str(n)) for n, colour in enumerate(["red", "blue", "red"])], told.append)
+    assert results == told and caption.at_a_time == 2
+    assert caption.identity["model"] == str(folder)
+    assert load(batch_size=1, max_new_tokens=9).identity == caption.identity != load(max_words=7).identity
+
+
 def test_languages_and_sizes_of_one_batch(load):
     caption = load(languages=("English", "French"))
     keys = [str(place) for place in range(8)]

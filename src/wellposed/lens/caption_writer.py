@@ -5,12 +5,13 @@ not trusted: nothing is a caption that is empty, has no letters, refuses, was cu
 instructions back.
 """
 
+import hashlib
 import itertools
 import re
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from PIL import Image
 
@@ -100,6 +101,16 @@ class CaptionWriter:
             )
         if self.max_words < 1 or self.image_side < 1:
             raise ValueError(f"max_words is {self.max_words} and image_side {self.image_side}; give at least 1")
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What captions depend on, for whoever keeps them; not how long an answer may be or how often it is tried."""
+        return {
+            "instructions": hashlib.sha256(self.instructions.encode()).hexdigest()[:16],
+            "max_words": self.max_words,
+            "languages": list(self.languages),
+            "image_side": self.image_side,
+        }
 
     def language(self, key: str) -> str:
         """In which language the picture of this key is described."""

@@ -24,6 +24,7 @@ __all__ = [
     "CaptionStatistics",
     "Captioner",
     "MetadataCaptioner",
+    "TellingCaptioner",
     "word_count",
 ]
 
@@ -54,7 +55,8 @@ class CaptionResult:
         key: of the request.
         text: the caption; None if there is none.
         error: None if there is a caption. Otherwise ``reason: details``, where the reason is one of a few, for counts.
-            The reason ``not sent`` says nothing against the picture: nobody was asked, and may be asked later.
+            ``not sent``, nobody was asked, and ``no answer``, nobody answered, say nothing against the picture: it may
+            be asked for later.
         seconds: from taking up this request to its result, all waiting included.
         prompt_tokens: read by the model, over all attempts.
         completion_tokens: written by the model, over all attempts.
@@ -88,10 +90,30 @@ class CaptionResult:
 
 @runtime_checkable
 class Captioner(Protocol):
-    """Captions pictures: one result for each request, in their order, under the same key."""
+    """Captions pictures: one result for each request, in their order, under the same key.
+
+    One whose captions are kept, and cost something, should have an ``identity``: a mapping of JSON values, of all that
+    its captions depend on. Captions of another identity are not taken for its own.
+    """
 
     def __call__(self, requests: Sequence[CaptionRequest], /) -> list[CaptionResult]:
         """Raises only where nothing can go on, such as for a wrong key; whatever befalls one picture is its result."""
+        ...
+
+
+@runtime_checkable
+class TellingCaptioner(Captioner, Protocol):
+    """A captioner that tells each result as soon as it is there, so that it is kept whatever happens to the others."""
+
+    @property
+    def at_a_time(self) -> int:
+        """How many requests a call should have, at least, so that none of its time is lost."""
+        ...
+
+    def ask(
+        self, requests: Sequence[CaptionRequest], on_result: Callable[[CaptionResult], None], /
+    ) -> list[CaptionResult]:
+        """As a call; ``on_result`` is called with each result, in any order, from any thread."""
         ...
 
 
@@ -114,6 +136,14 @@ class MetadataCaptioner:
         """
         if not self.source:
             raise ValueError(f"source is {self.source!r}; name a field of the metadata, or give a function of them")
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What captions depend on, for whoever keeps them."""
+        source: Any = self.source
+        if callable(source):
+            source = getattr(source, "__qualname__", type(source).__qualname__)
+        return {"source": source}
 
     def __call__(self, requests: Sequence[CaptionRequest]) -> list[CaptionResult]:
         """A result for each request; a missing caption, one that is no text or has no letters is an error."""
@@ -218,8 +248,8 @@ class CaptionStatistics:
 
     @property
     def spent(self) -> dict[str, float]:
-        """What models used for these captions: "cost", "hours" by the clock, "prompt_tokens" and "completion_tokens";
-        empty if no model was asked.
+        """What models used for these captions: "cost", "hours" by the clock on the wall, "prompt_tokens" and
+        "completion_tokens"; empty if no model was asked.
         """
         if not (self.cost or self.prompt_tokens or self.completion_tokens):
             return {}

@@ -21,7 +21,7 @@ from email.message import Message
 from http.client import HTTPException
 from typing import Any
 
-__all__ = ["ChatAnswer", "ChatEndpoint", "EndpointError"]
+__all__ = ["RETRIED_STATUS", "ChatAnswer", "ChatEndpoint", "EndpointError"]
 
 logger = logging.getLogger(__name__)
 

@@ -74,11 +74,15 @@ def curate(
             must call this below ``if __name__ == "__main__":``.
         caption_workers: processes that ask the captioner; each has its own rate limits and connections. With 1 it is
             this one, whatever the engine.
-        engine: "local", or "ray" for a cluster whose machines see ``source`` and ``out`` under the same paths.
+        engine: "local", or "ray" for a cluster whose machines see ``source`` and ``out`` under the same paths. With
+            several local workers a picture that ends two of them, such as by a fault of a decoder, is found and
+            rejected. With one, which is this process, and on Ray, which does again what a lost worker was at, such a
+            picture ends the run; where it ends two runs in a row the third rejects it.
         ray_options: further arguments of Ray Data's ``map``, such as ``{"num_gpus": 1}``.
-        redo: if ``out`` holds stages with other settings, remove them and all after them. Captions that a captioner
-            gave are kept in any case.
-        ask_again: ask anew for captions that failed. Those for which nobody was asked are tried anew in any case.
+        redo: if ``out`` holds stages with other settings, remove them and all after them. What a captioner answered is
+            kept in any case.
+        ask_again: ask anew where an answer was no caption, such as a refusal. Where nobody was asked or nobody answered
+            it is asked anew in any case.
         on_progress: see ``Progress``.
 
     Raises:
@@ -98,6 +102,7 @@ def curate(
         config=config,
         captioner=tools.captioner,
         before="duplicates" if work.embeds else "exposure",
+        ask_again=ask_again,
     )
     _claim_stages(folder, _settings(config, tools, captioning), redo)
 
@@ -259,6 +264,7 @@ class _ShardWork:
         config: settings.
         ends: for each unit, how many samples were kept up to and with it.
         digest: of what is to be in the shards.
+        captions: which they have, by style and captioner.
     """
 
     folder: CurationFolder
@@ -266,18 +272,25 @@ class _ShardWork:
     config: CurationConfig
     ends: tuple[int, ...]
     digest: str
+    captions: str
 
     @classmethod
     def of(cls, folder: CurationFolder, source: Path, config: CurationConfig, units: Sequence[int]) -> "_ShardWork":
-        digest = hashlib.sha256(f"{config.samples_per_shard}\n".encode())
+        digest = hashlib.sha256(f"{config.samples_per_shard} {config.caption_style}\n".encode())
         counts: list[int] = []
         for unit in units:
             kept = [record for record in folder.read_table("captions", unit) if record.kept]
             counts.append(len(kept))
             for record in kept:
-                digest.update(json.dumps([record.key, record.facts["sha256"], record.facts["caption"]]).encode())
+                # All that is written: the picture and the metadata of the source by their hashes.
+                digest.update(json.dumps([record.key, str(record.address), record.facts], sort_keys=True).encode())
         return cls(
-            folder=folder, source=source, config=config, ends=tuple(accumulate(counts)), digest=digest.hexdigest()
+            folder=folder,
+            source=source,
+            config=config,
+            ends=tuple(accumulate(counts)),
+            digest=digest.hexdigest(),
+            captions=(folder.settings("captions") or {})["captions"],
         )
 
     @property
@@ -292,12 +305,17 @@ class _ShardWork:
     def claim(self) -> None:
         """Remove shards of other samples."""
         path = self.folder.root / "shards.json"
-        if path.is_file() and json.loads(path.read_text(encoding="utf-8"))["digest"] == self.digest:
+        held = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if held.get("digest") == self.digest:
             return
-        if self.folder.shards.is_dir():
-            shutil.rmtree(self.folder.shards)
-        self.folder.shards.mkdir(parents=True)
-        write_whole(path, json.dumps({"digest": self.digest, "samples": self.ends[-1], "shards": self.count}) + "\n")
+        for shard in sorted(self.folder.shards.glob("*.tar")):
+            shard.unlink()
+            shard.with_suffix(".npz").unlink(missing_ok=True)
+        if held.get("captions", self.captions) != self.captions:
+            (self.folder.shards / CAPTIONING_FILE).unlink(missing_ok=True)
+        self.folder.shards.mkdir(parents=True, exist_ok=True)
+        about = {"digest": self.digest, "captions": self.captions, "samples": self.ends[-1], "shards": self.count}
+        write_whole(path, json.dumps(about) + "\n")
 
     def __call__(self, shard: int) -> None:
         """Write a shard.
@@ -350,7 +368,12 @@ class _ShardWork:
 
 
 def _tell_cost(folder: CurationFolder, spent: Mapping[str, float]) -> None:
-    """Write beside the shards what their captions cost, for whoever trains on them."""
+    """Write beside the shards what their captions cost, for whoever trains on them.
+
+    Of captions that the source has nothing is known here; whoever knows may have written it there.
+    """
+    if not spent:
+        return
     path, text = folder.shards / CAPTIONING_FILE, json.dumps(spent, indent=2) + "\n"
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
         write_whole(path, text)
@@ -373,13 +396,19 @@ def _shardable(content: bytes, record: Record, config: CurationConfig) -> bytes:
 
 def _blame(folder: CurationFolder, key: str) -> None:
     folder.add_fatal_key(key)
-    folder.add_event("a sample ended two workers and is rejected", key=key)
+    folder.add_event("a sample ended its process twice and is rejected", key=key)
 
 
 def _sweep(folder: CurationFolder) -> None:
-    """Remove what a killed run was writing."""
-    if folder.notes.is_dir():
-        shutil.rmtree(folder.notes)
+    """Remove what a killed run was writing; blame a sample at which two runs in a row were killed."""
+    suspects, before = folder.suspects(), folder.root / "suspects.json"
+    if before.is_file():
+        for key in sorted(suspects.intersection(json.loads(before.read_bytes())) - folder.fatal_keys()):
+            _blame(folder, key)
+    if suspects:
+        write_whole(before, json.dumps(sorted(suspects)))
+    else:
+        before.unlink(missing_ok=True)
     for pattern in (".*.*", "*/.*.*", "*/*/.*.*"):
         for path in folder.root.glob(pattern):
             path.unlink()

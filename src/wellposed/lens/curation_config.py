@@ -37,9 +37,11 @@ class CurationConfig:
         kept_duplicate: of each group the ``"largest"`` picture or the ``"first"`` one of the corpus. Ours.
         caption_style: name of the captions wanted, kept with every sample. Where no captioner is given the caption is
             the one of this name in the metadata field ``captions`` or, without it, the field ``caption``. "dense" is
-            [paper]: descriptions of a paragraph, 109 words on average, and no others mixed in.
+            [paper]: descriptions of a paragraph, 109 words on average, and no others mixed in. The name is a label:
+            what captions are like is up to the captioner and its instructions.
         max_caption_words: captions of more words are rejected. [paper]: under 500.
-        captions_at_a_time: pictures handed to the captioner in one call; what it answered is kept after each. Ours.
+        captions_at_a_time: pictures handed to the captioner in one call, more if it asks for more at a time. What it
+            answers is kept as it comes, or after the call if it does not tell it before. Ours.
         image_column: column of parquet files with the pictures.
         samples_per_shard: of the shards written. Ours.
 

@@ -26,6 +26,7 @@ Work = Callable[[int], None]
 """Does the work of a number. What it notes in the folder of notes, under that number, says what it is at."""
 
 CRASHES = 5  # of one piece of work without one cause that could be left out
+FRUITLESS = 2  # sets of workers, one after the other, none of which began anything
 RAY_BLOCKS = 4096
 
 
@@ -56,7 +57,7 @@ def do_all(
 
     Raises:
         ImportError: Ray is asked for and missing.
-        RuntimeError: workers keep being killed and no sample is the cause.
+        RuntimeError: workers keep being killed and no sample is the cause, or do not even start.
         ValueError: an unknown engine, no workers, or work that cannot be sent to another process.
     """
     if engine not in get_args(Engine) or workers < 1:
@@ -76,8 +77,11 @@ def do_all(
 def _do_noted(work: Work, number: int, notes: Path) -> None:
     note = notes / str(number)
     note.write_text("")
-    work(number)
-    note.unlink()
+    try:
+        work(number)
+    finally:
+        # What is left tells of a process that ended without a word.
+        note.unlink(missing_ok=True)
 
 
 def _check_portable(work: Work) -> None:
@@ -99,13 +103,27 @@ def _in_processes(
     on_crash: Callable[[Sequence[int]], None],
     on_cause: Callable[[str], None],
 ) -> None:
-    waiting = deque(numbers)
+    waiting, done, fruitless = deque(numbers), 0, 0
+
+    def count(number: int) -> None:
+        nonlocal done
+        done += 1
+        on_done(number)
+
     while waiting:
-        lost = _until_broken(work, waiting, notes, workers, on_done)
+        before = done
+        lost = _until_broken(work, waiting, notes, workers, count)
         suspects = sorted(number for number in lost if (notes / str(number)).is_file())
         waiting.extendleft(number for number in reversed(lost) if number not in suspects)
         if lost:
             on_crash(suspects)
+        fruitless = 0 if suspects or done > before else fruitless + 1
+        if waiting and fruitless == FRUITLESS:
+            raise RuntimeError(
+                f"{FRUITLESS} sets of {workers} workers ended before they began anything. A script must work below "
+                "'if __name__ == \"__main__\":'; scorers, embedder and captioner must be importable in a new process; "
+                "and there must be memory for so many. Or take workers=1"
+            )
         for number in suspects:
             _alone(work, number, notes, on_cause)
             on_done(number)
@@ -151,13 +169,17 @@ def _context() -> BaseContext:
 
 def _alone(work: Work, number: int, notes: Path, on_cause: Callable[[str], None]) -> None:
     """Do a piece of work that was under way in a crash, where nothing else can be the cause of the next one."""
-    before = ""
-    for _ in range(CRASHES):
+    blamed, before, crashes = set[str](), "", 0
+    while crashes < CRASHES:
         if not _until_broken(work, deque([number]), notes, 1, lambda number: None):
             return
         note = (notes / str(number)).read_text() if (notes / str(number)).is_file() else ""
-        if note and note == before:
+        crashes += 1
+        if note and note == before and note not in blamed:
             on_cause(note)
+            blamed.add(note)
+            # It is left out from now on: a unit may have many such samples.
+            note, crashes = "", 0
         before = note
     raise RuntimeError(
         f"{CRASHES} workers in a row were killed at piece {number}, at no one sample; is there enough memory? Take "

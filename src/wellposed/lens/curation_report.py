@@ -3,12 +3,12 @@
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from wellposed.lens.captioning import PUBLISHED_MEAN_WORDS, CaptionStatistics
-from wellposed.lens.curation_captions import caption_result
+from wellposed.lens.curation_captions import caption_result, spent_on_captions
 from wellposed.lens.curation_tables import STAGES, CurationFolder, write_whole
 
 __all__ = ["CurationReport", "StageCount", "report_of"]
@@ -138,7 +138,8 @@ def report_of(out: str | Path) -> CurationReport:
                 captions += CaptionStatistics.of(map(caption_result, records), elapsed_seconds=0.0)
         seconds = folder.seconds(name)
         if name == "captions":
-            captions += CaptionStatistics(elapsed_seconds=seconds)
+            spent = spent_on_captions(folder)
+            captions += spent if spent.elapsed_seconds else replace(spent, elapsed_seconds=seconds)
         stages.append(
             StageCount(name=name, seen=seen, kept=seen - rejected.total(), rejected=dict(rejected), seconds=seconds)
         )

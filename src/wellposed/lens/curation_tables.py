@@ -7,7 +7,7 @@
     01_readable/00000.jsonl     what a stage said of each sample of a unit that the stage before kept
     01_readable/seconds/        how long it took
     09_duplicates/vectors/      embeddings
-    answers/                    captions as they came in, never asked for twice
+    answers/                    what a captioner said, as it came in, and what that cost: never paid for twice
     shards/00000.tar            what is trained on
     events.jsonl, report.json
 
@@ -16,16 +16,19 @@ the reason. Every file gets its name when it is complete; one that is there is n
 """
 
 import json
+import logging
 import os
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from wellposed.lens.curation_sources import Address
 
-__all__ = ["STAGES", "CurationFolder", "Record", "Rejection", "audit", "write_whole"]
+__all__ = ["STAGES", "CurationFolder", "Record", "Rejection", "append_lines", "audit", "read_lines", "write_whole"]
+
+logger = logging.getLogger(__name__)
 
 STAGES = (
     "readable",
@@ -206,6 +209,14 @@ class CurationFolder:
         """Say at which sample of a unit this process is."""
         (self.notes / str(unit)).write_text(key)
 
+    def suspects(self) -> frozenset[str]:
+        """Samples at which processes were that ended without a word, and remove these notes."""
+        notes = list(self.notes.glob("*"))
+        keys = frozenset(note.read_text() for note in notes) - {""}
+        for note in notes:
+            note.unlink()
+        return keys
+
     def add_fatal_key(self, key: str) -> None:
         """Note a sample that ends the process that decodes it."""
         with (self.root / "fatal.txt").open("a") as file:
@@ -218,8 +229,7 @@ class CurationFolder:
 
     def add_event(self, what: str, **about: Any) -> None:
         """Note something for the report."""
-        with (self.root / "events.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"what": what, **about}, ensure_ascii=False) + "\n")
+        append_lines(self.root / "events.jsonl", [{"what": what, **about}])
 
     def read_events(self) -> list[dict[str, Any]]:
         """What was noted."""
@@ -252,9 +262,40 @@ def audit(out: str | Path) -> Iterator[Rejection]:
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The JSON objects in a file that grows line by line: none if it is not there, no half one at its end."""
-    if path.is_file():
-        *lines, _ = path.read_text(encoding="utf-8").split("\n")
-        yield from map(json.loads, lines)
+    if not path.is_file():
+        return
+    # Bytes: what was being written when a process was killed may end within a letter.
+    *lines, _ = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        try:
+            yield json.loads(line.decode())
+        except ValueError as error:
+            logger.warning("%s: line %d is left out, it is damaged (%s)", path, number, error)
+
+
+def append_lines(path: Path, lines: Iterable[Mapping[str, Any]], *, sync: bool = False) -> None:
+    """Add JSON objects to a file that grows line by line, in the place of half a line that a killed process left.
+
+    Args:
+        path: of the file; it and folders above it are made.
+        lines: to add.
+        sync: wait until all of the file is on the disk.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as file:
+        _drop_half_line(file)
+        file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
+        file.flush()
+        if sync:
+            os.fsync(file.fileno())
+
+
+def _drop_half_line(file: IO[bytes]) -> None:
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(size - 1, 0))
+    if size and file.read(1) != b"\n":
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def read_records(path: Path) -> list[Record]:

@@ -26,17 +26,21 @@ from PIL import Image
 from wellposed.data.decoding import read_header
 from wellposed.lens.caption_writer import CaptionWriter, decode_picture, read_caption
 from wellposed.lens.captioning import CaptionRequest, CaptionResult
-from wellposed.lens.chat_endpoint import ChatAnswer, ChatEndpoint, EndpointError
+from wellposed.lens.chat_endpoint import RETRIED_STATUS, ChatAnswer, ChatEndpoint, EndpointError
 from wellposed.lens.rate_limit import RateLimit
 
 __all__ = ["EndpointCaptioner"]
 
 # A redirection, a wrong key, no credit, no permission, no such address or model: the next picture will fare no better.
 HOPELESS_STATUS = frozenset({301, 302, 303, 307, 308, 401, 402, 403, 404})
+# Such words in parameters limit an answer and change none that is whole.
+LIMITS = frozenset({"max_tokens", "max_completion_tokens"})
 SENT_FORMATS = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}
 JPEG_QUALITY = 92
 JITTER = 0.5
 NONSENSE_RETRIES = 1
+# A call ends with its slowest answers, when few requests are under way: they are to be a small part of it.
+ROUNDS = 4
 # What a picture takes at usual sizes and models: a guess, until the answer says what it was.
 PICTURE_TOKENS = 1000
 
@@ -51,10 +55,11 @@ class EndpointCaptioner(CaptionWriter):
     sent as they are, others as JPEG.
 
     Limits of rate and cost hold for all calls of one captioner in one process. A copy in another process (pickled, as
-    Ray does) counts anew, so a limit is to be divided among workers.
+    Ray does) counts anew, so a limit is to be divided among workers; so does the next run of a program.
 
-    Reasons of errors: ``no picture``, ``no answer``, ``nonsense`` (not a chat completion), ``empty``, ``no letters``,
-    ``refused``, ``cut off``, ``too long``, ``repeats the instructions``, ``not sent``.
+    Reasons of errors: ``no picture``, ``no answer``, ``turned down`` (such as by HTTP 400), ``nonsense`` (not a chat
+    completion), ``empty``, ``no letters``, ``refused``, ``cut off``, ``too long``, ``repeats the instructions``, ``not
+    sent``.
 
     Attributes:
         base_url: up to ``/v1``.
@@ -128,8 +133,26 @@ class EndpointCaptioner(CaptionWriter):
                 f"max_cost is {self.max_cost} and everything is free; give price_per_million_input and _output"
             )
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What captions depend on, for whoever keeps them; not where the model is and what it may cost."""
+        kept = {name: value for name, value in self.parameters.items() if name not in LIMITS}
+        asked = {"model": self.model, "temperature": self.temperature, "seed": self.seed, "parameters": kept}
+        return super().identity | asked
+
+    @property
+    def at_a_time(self) -> int:
+        """How many requests a call should have, at least, so that ``concurrency`` of them are mostly under way."""
+        return ROUNDS * self.concurrency
+
     def __call__(self, requests: Sequence[CaptionRequest]) -> list[CaptionResult]:
-        """A result for each request.
+        """A result for each request; see :meth:`ask`."""
+        return self.ask(requests, lambda result: None)
+
+    def ask(
+        self, requests: Sequence[CaptionRequest], on_result: Callable[[CaptionResult], None]
+    ) -> list[CaptionResult]:
+        """A result for each request, told when it is there, also while the call is interrupted.
 
         If nothing can go on, such as with a wrong key or a server that is gone, and there are captions from earlier in
         the call, those are returned and the rest is ``not sent``; the next call raises.
@@ -139,8 +162,15 @@ class EndpointCaptioner(CaptionWriter):
             ValueError: the variable with the key is not set.
         """
         call = _Call(captioner=self, endpoint=self._endpoint(self._key()), budget=self._budget)
+
+        def answer(request: CaptionRequest) -> CaptionResult:
+            result = call.result(request)
+            # In the thread that asked: when this call is interrupted, those under way still come to their end.
+            on_result(result)
+            return result
+
         with ThreadPoolExecutor(self.concurrency) as pool:
-            results = list(pool.map(call.result, requests))
+            results = list(pool.map(answer, requests))
         if call.ends and not any(result.text for result in results):
             raise EndpointError(f"{call.ends[0]}; check base_url, model and key", call.ends[0].status)
         return results
@@ -247,7 +277,8 @@ class _Call:
             hopeless = failure.status in HOPELESS_STATUS
             if self.budget.miss() >= self.captioner.patience or hopeless:
                 self.ends.append(failure)
-            error = f"{'not sent' if hopeless else 'no answer'}: {failure}"
+            passing = failure.status is None or failure.status in RETRIED_STATUS or failure.status >= 500
+            error = f"{'not sent' if hopeless else 'no answer' if passing else 'turned down'}: {failure}"
         except ValueError as failure:
             error = str(failure)
         return CaptionResult(

@@ -8,7 +8,7 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,11 +93,30 @@ class LocalCaptioner(CaptionWriter):
         model: Any = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype or "auto")
         return cls(model=model.to(device), processor=AutoProcessor.from_pretrained(path), **fields)
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What captions depend on, for whoever keeps them."""
+        return super().identity | {"model": self.model.name_or_path}
+
+    @property
+    def at_a_time(self) -> int:
+        """How many requests a call should have, at least: a batch."""
+        return self.batch_size
+
     def __call__(self, requests: Sequence[CaptionRequest]) -> list[CaptionResult]:
         """A result for each request."""
+        return self.ask(requests, lambda result: None)
+
+    def ask(
+        self, requests: Sequence[CaptionRequest], on_result: Callable[[CaptionResult], None]
+    ) -> list[CaptionResult]:
+        """A result for each request, told after its batch."""
         results: list[CaptionResult] = []
         for start in range(0, len(requests), self.batch_size):
-            results += self._results(requests[start : start + self.batch_size])
+            batch = self._results(requests[start : start + self.batch_size])
+            for result in batch:
+                on_result(result)
+            results += batch
         return results
 
     def _results(self, requests: Sequence[CaptionRequest]) -> list[CaptionResult]:
