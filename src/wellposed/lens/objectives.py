@@ -123,9 +123,9 @@ def text_to_image_objective(
 ) -> Objective:
     """Flow matching of a ``LensTransformer2DModel``.
 
-    The loss of a share is its mean, times the weight that its batch bears. It is also logged by noise level and by grid,
-    as ``loss_t0.25`` for rows with t in [0.25, 0.5), as ``loss_4x6`` for rows x columns of tokens, each without the
-    weight and over the steps since the last line (:class:`wellposed.training.metrics.GroupLosses`).
+    The loss of a share is its mean, times the weight that its batch bears. It is also logged by noise level and by
+    grid, as ``loss_t0.25`` for rows with t in [0.25, 0.5), as ``loss_4x6`` for rows x columns of tokens, each without
+    the weight and over the steps since the last line (:class:`wellposed.training.metrics.GroupLosses`).
 
     Args:
         images: (batch, context) -> tokens: :func:`encoding`, or one that reads them.
