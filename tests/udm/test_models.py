@@ -91,7 +91,9 @@ class Output(SimpleNamespace):
         return (self.logits,)[index]
 
 
-@pytest.mark.parametrize("wrap", [lambda logits: logits, lambda logits: (logits, "more"), Output], ids=str)
+@pytest.mark.parametrize(
+    "wrap", [lambda logits: logits, lambda logits: (logits, "more"), Output], ids=["bare", "tuple", "output"]
+)
 def test_a_network_is_told_what_there_is(wrap):
     state, alpha = TokenState(tokens=torch.tensor([[0, 1, 2]])), one(0.5)
     network = Recorder(wrap)
