@@ -165,6 +165,7 @@ def wider_network(autoencoder: Any, text_encoder: Any) -> LensTransformer2DModel
     )
 
 
+@pytest.mark.slow
 def test_four_photographs_by_heart(tmp_path: Path) -> None:
     """Through an autoencoder trained on the way, each caption draws its own photograph from noise."""
     training = few(max_steps=400, batch_size=4, learning_rate=5e-3, final_learning_rate=2e-4, checkpoint_every=400)
