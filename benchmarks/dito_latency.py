@@ -40,7 +40,7 @@ from wellposed.dito.forecast import Forecast, block_flops, forecast
 from wellposed.dito.hooks import apply_token_reduction
 from wellposed.dito.matching import BipartiteMatcher, TokenWindows
 from wellposed.dito.schedule import FixedInterval, MatchingSteps
-from wellposed.evaluation.speed import Clock, Comparison, time_calls
+from wellposed.evaluation.speed import Clock, Comparison, comparable_clock, time_calls
 from wellposed.recipes.device import resolved_device
 from wellposed.report.record import write_result
 
@@ -432,9 +432,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     started = datetime.now(UTC)
     device = resolved_device(chosen.device)
     on_gpu = device.type == "cuda"
-    clock: Clock = "wall" if on_gpu else "process"
-    if not on_gpu:
-        torch.set_num_threads(1)  # other processes share the cores: one thread and its CPU time can be compared
+    clock = comparable_clock(device)
     usual = torch.bfloat16 if on_gpu else faster_dtype()
     dtype = getattr(torch, chosen.dtype) if chosen.dtype else usual
     print(f"{device}, {dtype}, ratio {chosen.ratio:g}, {clock} time")

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GptOssConfig, GptOssForCausalLM
 
-from wellposed.evaluation.speed import Clock, time_calls
+from wellposed.evaluation.speed import Clock, comparable_clock, time_calls
 from wellposed.lens.text_encoder import TAPS
 from wellposed.lens.transformer import LensTransformer2DModel, LensTransformerBlock, rotary_tables
 from wellposed.pipelines import LensPipeline
@@ -264,9 +264,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     started = datetime.now(UTC)
     device = resolved_device(chosen.device)
     on_gpu = device.type == "cuda"
-    clock: Clock = "wall" if on_gpu else "process"
-    if not on_gpu:
-        torch.set_num_threads(1)  # other processes share the cores: one thread and its CPU time can be compared
+    clock = comparable_clock(device)
     dtype = getattr(torch, chosen.dtype) if chosen.dtype else (torch.bfloat16 if on_gpu else torch.float32)
     print(f"{device}, {dtype}, {clock} time")
     metrics: dict[str, Any] = {"memory": weights_in_memory(), "flops": counted(TEXT_TOKENS, (512, 768, 1024, 1440))}

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wellposed.evaluation.speed import Clock, time_calls
+from wellposed.evaluation.speed import Clock, comparable_clock, time_calls
 from wellposed.lens.objectives import PackedImages, freeze_unread, text_to_image_objective, training_flops
 from wellposed.lens.presets import TRAINING_BUCKETS
 from wellposed.lens.text_encoder import TextFeatures
@@ -282,9 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     started = datetime.now(UTC)
     device = resolved_device(chosen.device)
     on_gpu = device.type == "cuda"
-    clock: Clock = "wall" if on_gpu else "process"
-    if not on_gpu:
-        torch.set_num_threads(1)  # other processes share the cores: one thread and its CPU time can be compared
+    clock = comparable_clock(device)
     precision = chosen.precision or ("bf16" if on_gpu else "fp32")
     fields = ({} if on_gpu else SMALL) | ({} if chosen.layers is None else {"num_layers": chosen.layers})
     published = {base: TRAINING_BUCKETS.batch_sizes[base] for base in sorted(TRAINING_BUCKETS.batch_sizes)}

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from wellposed.denoisers import NetworkDenoiser, from_diffusers
-from wellposed.evaluation.speed import Clock, Comparison, saved_graph_bytes, time_calls
+from wellposed.evaluation.speed import Comparison, comparable_clock, saved_graph_bytes, time_calls
 from wellposed.lgs.jacobian import ProductMethod, linearize
 from wellposed.lgs.path_kl import lanczos_path_kl, stationary_image_spectrum
 from wellposed.lgs.reverse import ReversePoint, reverse_step
@@ -250,7 +250,7 @@ def chains(run: Path, device: torch.device, batch: int, steps: int, repeats: int
 
 def measure(name: str, bench: Bench, chosen: argparse.Namespace, products: dict[str, float]) -> dict[str, Any]:
     """Everything about one network; prints it."""
-    clock: Clock = "wall" if bench.device.type == "cuda" else "process"
+    clock = comparable_clock(bench.device)
     comparison = timings(bench, chosen.methods, chosen.repeats)
     seconds = comparison.timings["forward"].seconds(clock).median
     count = sum(parameter.numel() for parameter in bench.model.parameters()) / 1e6
@@ -303,9 +303,6 @@ def main() -> None:
     chosen = parser.parse_args()
     started = datetime.now(UTC)
     device, dtype = resolved_device(chosen.device), getattr(torch, chosen.dtype)
-    if device.type == "cpu":
-        # Other processes share the cores: one thread and its CPU time are what can be compared.
-        torch.set_num_threads(1)
     if chosen.methods is None:
         # Differences of half-precision numbers are refused by the library.
         chosen.methods = ["vjp", "jvp", "difference"] if dtype == torch.float32 else ["vjp", "jvp"]
@@ -321,7 +318,7 @@ def main() -> None:
         metrics[name] = measure(name, Bench(name, device, dtype, chosen.batch), chosen, products[25])
     if chosen.run is not None:
         comparison, mean = chains(chosen.run, device, 64, 25, max(3, chosen.repeats // 3))
-        clock: Clock = "wall" if device.type == "cuda" else "process"
+        clock = comparable_clock(device)
         print(f"\ntrained digits, T = 25, batch 64: {mean:.2f} products an adaptive step")
         for call in comparison.timings:
             print(f"  {call:10} {comparison.ratio(call, clock=clock)!s:>24} times a chain of plain steps")

@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 from torch.profiler import ProfilerActivity, profile
 
-from wellposed.evaluation.speed import Clock, Comparison, saved_graph_bytes, time_calls
+from wellposed.evaluation.speed import Comparison, comparable_clock, saved_graph_bytes, time_calls
 from wellposed.report.record import write_result
 from wellposed.udm import nelbo_triton
 from wellposed.udm.nelbo import fused_nelbo
@@ -160,7 +160,7 @@ def errors(given: Problem) -> dict[str, dict[str, float]]:
 def measure(given: Problem, repeats: int) -> dict[str, Any]:
     """Everything about one size and dtype; prints it."""
     device = given.logits.device
-    clock: Clock = "wall" if device.type == "cuda" else "process"
+    clock = comparable_clock(device)
     count = given.logits.numel()
 
     def timed(call: Callable[[Callable[[Problem], Tensor], Problem], object]) -> Comparison:
@@ -217,8 +217,6 @@ def main() -> None:
     started = datetime.now(UTC)
     device = torch.device(chosen.device)
     if device.type == "cpu":
-        # Other processes share the cores: one thread and its CPU time are what can be compared.
-        torch.set_num_threads(1)
         keep_freed_memory()
     metrics: dict[str, Any] = {"targets": TARGETS}
     for rows in chosen.rows:

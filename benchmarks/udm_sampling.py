@@ -19,7 +19,7 @@ from diffusers import DiscreteDDIMScheduler
 from torch import Tensor
 
 from wellposed.batches import TextBatch
-from wellposed.evaluation.speed import Clock, Comparison, time_calls
+from wellposed.evaluation.speed import Comparison, comparable_clock, time_calls
 from wellposed.recipes.device import resolved_device
 from wellposed.report.record import write_result
 from wellposed.udm import (
@@ -140,12 +140,9 @@ def main() -> None:
     chosen = parser.parse_args()
     started = datetime.now(UTC)
     device, dtype = resolved_device(chosen.device), getattr(torch, chosen.dtype)
-    if device.type == "cpu":
-        # Other processes share the cores: one thread and its CPU time are what can be compared.
-        torch.set_num_threads(1)
+    clock = comparable_clock(device)
     named = calls(device, dtype, chosen.batch, chosen.length, chosen.vocab)
     comparison: Comparison = time_calls(named, repeats=chosen.repeats, baseline="network", device=device)
-    clock: Clock = "wall" if device.type == "cuda" else "process"
     network = comparison.timings["network"].seconds(clock).median
     print(f"network: {1000 * network:.1f} ms ({chosen.batch} x {chosen.length} tokens, K = {chosen.vocab})")
     for name in comparison.timings:

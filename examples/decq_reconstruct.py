@@ -8,7 +8,7 @@
 What to expect of the small one (300 steps, minutes): about 18 dB. The demo measured 18.0 dB after 250 steps of the L1
 distance alone, and 13.2 dB without queries; its squared errors of mean colour, 4 x 4 means and the rest are 0.0006,
 0.012 and 0.005, without queries 0.029, 0.018 and 0.005. With another picture's queries, which bring that picture's
-colours, it is decibels worse. A plain RAE has no queries, and one line less.
+colours, it is worse. A plain RAE has no queries, and one line less.
 """
 
 import argparse

@@ -4,7 +4,7 @@ import time
 import pytest
 import torch
 
-from wellposed.evaluation.speed import Comparison, Timing, saved_graph_bytes, time_calls
+from wellposed.evaluation.speed import Comparison, Timing, comparable_clock, saved_graph_bytes, time_calls
 
 
 def timing(*seconds):
@@ -92,3 +92,12 @@ def test_memory_and_synchronisation_on_cuda():
     assert comparison.timings["one"].peak_bytes >= a.nbytes
     assert comparison.timings["four"].peak_bytes >= 4 * a.nbytes
     assert 3.0 < comparison.ratio("four").median < 5.0
+
+
+def test_a_cpu_is_timed_by_one_thread_and_a_gpu_by_the_wall():
+    threads = torch.get_num_threads()
+    try:
+        assert comparable_clock(torch.device("cuda")) == "wall" and torch.get_num_threads() == threads
+        assert comparable_clock(torch.device("cpu")) == "process" and torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(threads)

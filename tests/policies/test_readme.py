@@ -4,6 +4,7 @@ The weights they name lie on a hub, or in a run folder. Here a pipeline of the s
 place, with a network small enough for a test. A new name in the README needs a line in ``STAND_INS``.
 """
 
+import ast
 import re
 import runpy
 from collections.abc import Callable
@@ -115,5 +116,12 @@ def test_snippet_is_short(block: str) -> None:
 @pytest.mark.usefixtures("tiny_hub")
 @pytest.mark.parametrize("block", python_blocks())
 def test_snippet_runs(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To its end, where there is more than what it imported."""
     monkeypatch.chdir(tmp_path)
-    exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+    names: dict[str, object] = {"__name__": "readme"}
+    exec(compile(block, "README.md", "exec"), names)
+    imported = {
+        alias.asname or alias.name for node in ast.walk(ast.parse(block)) for alias in getattr(node, "names", [])
+    }
+    made = names.keys() - imported - {"__name__", "__builtins__"}
+    assert made and all(names[name] is not None for name in made)

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Clock", "Comparison", "Spread", "Timing", "saved_graph_bytes", "time_calls"]
+__all__ = ["Clock", "Comparison", "Spread", "Timing", "comparable_clock", "saved_graph_bytes", "time_calls"]
 
 Clock = Literal["wall", "process"]
 
@@ -93,6 +93,18 @@ class Comparison:
                 calls[name][f"{clock}_ratio"] = asdict(self.ratio(name, clock=clock))
         rounds = len(self.timings[self.baseline].wall_times)
         return {"device": self.device, "baseline": self.baseline, "rounds": rounds, "calls": calls}
+
+
+def comparable_clock(device: torch.device) -> Clock:
+    """The clock by which ratios on a device mean something; on a CPU torch keeps to one thread from now on.
+
+    Other processes share a CPU's cores, so that one thread and its CPU time are what can be compared. A GPU works
+    beside this process, whose CPU time does not know of it.
+    """
+    if device.type == "cuda":
+        return "wall"
+    torch.set_num_threads(1)
+    return "process"
 
 
 def time_calls(

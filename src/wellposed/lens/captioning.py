@@ -25,7 +25,6 @@ __all__ = [
     "Captioner",
     "MetadataCaptioner",
     "TellingCaptioner",
-    "word_count",
 ]
 
 PUBLISHED_MEAN_WORDS = 109

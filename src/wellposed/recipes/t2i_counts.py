@@ -7,7 +7,7 @@ from typing import Any
 
 from wellposed.batches import TextImageBatch
 from wellposed.data.bucketed import BucketedBatches
-from wellposed.lens.captioning import word_count
+from wellposed.data.words import word_count
 from wellposed.lens.objectives import training_flops
 from wellposed.lens.text_encoder import LensTextEncoder
 from wellposed.lens.transformer import LensTransformer2DModel
