@@ -37,10 +37,10 @@ demo: $(STAMP) ## train, sample, measure, and write a page to runs/demo (minutes
 
 # The first run executes every shape annotation. torch.compile cannot trace those checks, so its tests run without them;
 # pytest's exit code 5, "nothing collected", is no failure there, and only files that have such tests are looked at. A
-# file's tests stay in one process, since what they share is made once.
+# file's tests stay in one process, since what they share is made once; files in order, since the long ones come first.
 test: export OMP_NUM_THREADS ?= 1
 test: $(STAMP) ## the tests that need neither a GPU nor patience; ARGS="-k lanczos" narrows them
-	$(PYTEST) -n $(WORKERS) --dist loadfile $(ARGS)
+	$(PYTEST) -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 	$(PYTEST) --jaxtyping-packages= -m "compile and not slow and not gpu" \
 	  $(or $(filter tests/%,$(ARGS)),$(shell grep -rl "mark.compile" tests)) $(filter-out tests/%,$(ARGS)) || [ $$? -eq 5 ]
 
