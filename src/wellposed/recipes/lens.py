@@ -45,7 +45,7 @@ TINY_PROMPTS = (
 
 def lens_tiny() -> TextToImageRecipe:
     """Handwritten digits in eight inks, at five places, on six grounds: from pictures in a folder to a model that draws
-    what it is told, in an hour on a CPU, with nothing to download.
+    what it is told, in 75 minutes on one core, with nothing to download.
     """
     optimizer: dict[str, Any] = {
         "betas": (0.9, 0.99),
@@ -58,7 +58,7 @@ def lens_tiny() -> TextToImageRecipe:
         name="lens_tiny",
         summary=(
             "captioned digits curated, packed into shards and learned at two resolutions by a small Lens, with an "
-            "autoencoder trained on the way; an hour on a CPU"
+            "autoencoder trained on the way; 75 minutes on one core"
         ),
         paper=PAPER,
         expected=(
