@@ -78,8 +78,8 @@ def decq_tiny() -> LatentRecipe:
         ),
         paper=PAPER,
         expected=(
-            "ours, features of colour: reconstruction 21.4 dB, Frechet distance 0.17; drawn in 50 steps 0.24, precision 0.97, "
-            "recall 0.31 (real images 0.02)"
+            "ours, on features of colour: reconstruction 21.4 dB, Frechet distance 0.17; drawn in 50 steps 0.24, "
+            "precision 0.97, recall 0.31 (real images 0.02)"
         ),
         encoder=EncoderSource(get=_tiny_encoder, what="a small DINOv2 with registers, trained without colour"),
         autoencoder=_tiny_autoencoder,
