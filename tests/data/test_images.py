@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from wellposed.data.images import (
+    ADMFraming,
     Framing,
     ImageDataset,
     PictureFiles,
@@ -218,6 +219,17 @@ def test_folder_that_cannot_be_read(tmp_path):
         image_folder(tmp_path, 4).batch([0])
     with pytest.raises(FileNotFoundError):
         read_picture(tmp_path / "none.png")
+
+
+def test_files_are_turned_upright_but_for_the_reference_of_imagenet(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying on its left side
+    columns = np.tile(np.arange(0, 80, 10, dtype=np.uint8), (8, 1))
+    Image.fromarray(columns).save(tmp_path / "0.png", exif=exif)
+    Image.fromarray(columns).save(tmp_path / "1.png")
+    for framing, first in ((Framing, columns.T), (ADMFraming, columns)):
+        files = PictureFiles(root=tmp_path, names=("0.png", "1.png"), framing=framing(size=8, channels=1))
+        np.testing.assert_array_equal(files.read(torch.arange(2))[:, 0], np.stack([first, columns]))
 
 
 def test_fingerprint_of_files_knows_framing_and_content_but_not_the_place(tmp_path):

@@ -152,6 +152,14 @@ def test_each_image_has_its_own_noise(build: Build, images: torch.Tensor) -> Non
     torch.testing.assert_close(together.query_latent[1:2], alone.query_latent)
 
 
+@pytest.mark.gpu
+def test_noise_is_drawn_where_its_generator_is(build: Build, images: torch.Tensor) -> None:
+    model = build(noise_tau=0.8).train()
+    expected = model.encode(images, generator=torch.Generator().manual_seed(1))
+    found = model.to("cuda").encode(images.cuda(), generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(found.latent.cpu(), expected.latent, rtol=0, atol=1e-3)
+
+
 def test_statistics_normalise_and_are_saved(build: Build, images: torch.Tensor, tmp_path: Path) -> None:
     model = build()
     raw = model.encode(images)

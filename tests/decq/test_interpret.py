@@ -210,3 +210,5 @@ def test_bad_models(build: Build, pictures: torch.Tensor) -> None:
     for look in (tap_report, decoder_attention):
         with pytest.raises(ValueError, match=r"training mode .* call eval\(\)"):
             look(build(noise_tau=0.8).train(), pictures)
+    with pytest.raises(ValueError, match="give images of its config's image_size"):
+        tap_report(build(), pictures[..., :32, :32])

@@ -214,6 +214,10 @@ def test_settings_that_do_not_fit_stage_one(build: Build, batch: ImageBatch) -> 
     model = build(**AUTOENCODER).double()
     with pytest.raises(ValueError, match="no player is called 'critic'; this run has autoencoder"):
         reconstruction_objective(discriminator="critic")({"autoencoder": model}, batch, context("autoencoder"))
+    larger = ImageBatch(images=functional.interpolate(batch.images, scale_factor=2))
+    side = batch.images.shape[-1]
+    with pytest.raises(ValueError, match=f"images are 3 x {2 * side} x .* makes of them 3 x {side} x .* image_size"):
+        reconstruction_objective()({"autoencoder": model}, larger, context("autoencoder"))
 
 
 # --- both players in the loop

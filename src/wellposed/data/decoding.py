@@ -13,25 +13,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import ExifTags, Image, ImageFile
+from PIL import Image, ImageFile
 
 from wellposed.data.buckets import Size
-from wellposed.data.images import opaque
+from wellposed.data.images import UPRIGHT, exif_orientation, opaque
 
 __all__ = ["FORMATS", "BrokenPictureError", "DecodedPicture", "PictureHeader", "decode_picture", "read_header"]
 
 # Formats of pictures only: some of Pillow's other readers start programs, such as Ghostscript.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 LYING = 5  # EXIF's orientations from here on exchange height and width
-UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 # Where a PNG file may say how it is turned; Pillow has to decode it to tell that it does not.
 PNG_TURNS = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
 # What decoders put where there is no data.
@@ -148,11 +139,7 @@ def _orientation(content: bytes, picture: Image.Image) -> int:
     """EXIF's; 1 where it is none of 1 to 8."""
     if picture.format == "PNG" and not any(name in content for name in PNG_TURNS):
         return 1
-    try:
-        held = picture.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # metadata that cannot be read turn nothing
-        return 1
-    return held if isinstance(held, int) and held in UPRIGHT else 1
+    return exif_orientation(picture)
 
 
 def _draft_size(width: int, height: int, enough: int) -> tuple[int, int]:

@@ -14,12 +14,13 @@ from typing import Literal, Protocol, runtime_checkable
 import numpy as np
 import torch
 from jaxtyping import Float, Int, Shaped
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from wellposed.batches import ImageBatch
 
 __all__ = [
+    "UPRIGHT",
     "ADMFraming",
     "Framing",
     "ImageDataset",
@@ -28,6 +29,7 @@ __all__ = [
     "ResizeFilter",
     "StoredPixels",
     "coin_flips",
+    "exif_orientation",
     "hashed_bits",
     "image_folder",
     "opaque",
@@ -37,6 +39,16 @@ __all__ = [
 ResizeFilter = Literal["nearest", "box", "bilinear", "bicubic", "lanczos"]
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+# What brings a picture of each EXIF orientation but 1 upright.
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 @runtime_checkable
@@ -103,12 +115,14 @@ class Framing:
         resize_filter: resampling filter of Pillow, whose filters widen with the reduction: a smaller picture is free of
             aliasing with any but ``"nearest"``.
         channels: 3 for RGB, 1 for luma.
+        upright: whether files are turned as their EXIF tags say.
     """
 
     size: int
     box: tuple[int, int, int, int] | None = None
     resize_filter: ResizeFilter = "bicubic"
     channels: Literal[1, 3] = 3
+    upright: bool = True
 
     def __post_init__(self) -> None:
         if self.size < 1:
@@ -127,8 +141,10 @@ class ADMFraming(Framing):
     """The square that reference statistics of ImageNet are of, after the evaluation suite of ADM.
 
     Halved with a box filter while the shorter side stays at least the size, resized until it is the size, then cut.
-    ``box`` is cut out first, if it is given.
+    ``box`` is cut out first, if it is given. That suite knows no EXIF, so that nothing is turned.
     """
+
+    upright: bool = False
 
     def apply(self, picture: Image.Image) -> np.ndarray:
         """The picture as uint8 of shape (channels, size, size)."""
@@ -163,7 +179,10 @@ class PictureFiles:
 
     def read(self, indices: Int[Tensor, "batch"]) -> Shaped[Tensor, "batch channels height width"]:
         """Pixels at ``indices``, uint8; raises ValueError for a file that is no picture."""
-        pictures = [self.framing.apply(read_picture(self.root / self.names[i])) for i in indices.tolist()]
+        pictures = [
+            self.framing.apply(read_picture(self.root / self.names[i], upright=self.framing.upright))
+            for i in indices.tolist()
+        ]
         return torch.from_numpy(np.stack(pictures))
 
     def fingerprint(self) -> str:
@@ -308,8 +327,12 @@ def image_folder(
     )
 
 
-def read_picture(path: str | Path) -> Image.Image:
+def read_picture(path: str | Path, *, upright: bool = True) -> Image.Image:
     """A decoded picture.
+
+    Args:
+        path: its file.
+        upright: whether to turn it as its EXIF tag says, as viewers do; False for the rows as they are stored.
 
     Raises:
         ValueError: the file is no picture, or is cut short.
@@ -317,11 +340,21 @@ def read_picture(path: str | Path) -> Image.Image:
     try:
         with Image.open(path) as picture:
             picture.load()
-            return picture
+            turn = UPRIGHT.get(exif_orientation(picture)) if upright else None
+            return picture if turn is None else picture.transpose(turn)
     except (UnidentifiedImageError, OSError) as error:
         if isinstance(error, FileNotFoundError):
             raise
         raise ValueError(f"{str(path)!r} cannot be read as a picture ({error}); replace or remove the file") from error
+
+
+def exif_orientation(picture: Image.Image) -> int:
+    """1 to 8, as EXIF numbers them; 1, upright, where there is none that can be read."""
+    try:
+        held = picture.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # metadata that cannot be read turn nothing
+        return 1
+    return held if isinstance(held, int) and held in UPRIGHT else 1
 
 
 def opaque(picture: Image.Image, channels: Literal[1, 3] = 3) -> Image.Image:

@@ -411,11 +411,14 @@ class AutoencoderDecQ(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin)
         """One standard deviation for each image, and independent normal numbers for patches and queries."""
         drawn = list(generator) if isinstance(generator, Sequence) else generator
         like: dict[str, Any] = {"device": patches.device, "dtype": patches.dtype}
-        if isinstance(drawn, list):
-            uniform = torch.cat([torch.rand((1, 1, 1), generator=one, **like) for one in drawn])
-        else:
-            uniform = torch.rand((len(patches), 1, 1), generator=drawn, **like)
-        sigma = self.config["noise_tau"] * uniform
+
+        def uniform(count: int, source: torch.Generator | None) -> Tensor:
+            # Drawn where the generator is, as randn_tensor does.
+            where = patches.device if source is None else source.device
+            return torch.rand((count, 1, 1), generator=source, device=where, dtype=patches.dtype).to(patches.device)
+
+        levels = [uniform(1, one) for one in drawn] if isinstance(drawn, list) else [uniform(len(patches), drawn)]
+        sigma = self.config["noise_tau"] * torch.cat(levels)
         patches = patches + sigma * randn_tensor(patches.shape, generator=drawn, **like)
         if queries is not None:
             queries = queries + sigma.to(queries.dtype) * randn_tensor(queries.shape, generator=drawn, **like)

@@ -26,6 +26,7 @@ from torch.nn import functional
 from wellposed.decq.autoencoder import AutoencoderDecQ
 from wellposed.decq.condenser import Condenser
 from wellposed.decq.encoders import EncodedTokens
+from wellposed.decq.objectives import check_same_size
 
 __all__ = ["TapReport", "attention_maps", "decoder_attention", "tap_report"]
 
@@ -62,7 +63,7 @@ def tap_report(autoencoder: AutoencoderDecQ, images: Float[Tensor, "batch channe
     """Of some images in [0, 1].
 
     Raises:
-        ValueError: an autoencoder without queries, or in training mode.
+        ValueError: an autoencoder without queries, or in training mode; images of another size than it makes.
     """
     if autoencoder.training:
         raise ValueError("the autoencoder is in training mode and would add noise; call eval() first")
@@ -85,6 +86,7 @@ def tap_report(autoencoder: AutoencoderDecQ, images: Float[Tensor, "batch channe
         autoencoder.decode(*autoencoder.as_latents(patches, _without(autoencoder, tapped, tap)), return_dict=False)[0]
         for tap in (None, *range(len(tapped)))
     ]
+    check_same_size(decoded[0], images)
     errors = torch.stack([functional.mse_loss(one, images) for one in decoded])
     added = (errors[1:] - errors[0]).clamp_min(0)
     movement = torch.stack(moved)

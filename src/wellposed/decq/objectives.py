@@ -32,6 +32,7 @@ from wellposed.training import Objective, StepContext
 __all__ = [
     "Reduction",
     "TimeLaw",
+    "check_same_size",
     "discriminator_objective",
     "latent_flow_objective",
     "reconstruction_objective",
@@ -71,7 +72,7 @@ def reconstruction_objective(
         adversarial_start: first step with the adversarial term.
 
     Raises:
-        ValueError: a negative weight or start.
+        ValueError: a negative weight or start; in training, images of another size than the autoencoder's.
     """
     for name, value in (
         ("perceptual_weight", perceptual_weight),
@@ -90,6 +91,7 @@ def reconstruction_objective(
         judged = discriminator is not None and context.step >= adversarial_start
         with _recorded(cast(Any, autoencoder).decoder.decoder_pred) if judged else nullcontext([]) as last:
             reconstructions = _precise(autoencoder(images, generator=context.generators).sample)
+        check_same_size(reconstructions, images)
         l1 = functional.l1_loss(reconstructions, images)
         metrics = {"l1": l1, "psnr": -10 * functional.mse_loss(reconstructions, images).log10()}
         faithful = l1
@@ -113,6 +115,15 @@ def reconstruction_objective(
         return _with_gradient(total, reconstructions, pixels), metrics
 
     return objective
+
+
+def check_same_size(reconstructions: Tensor, images: Tensor) -> None:
+    """Raise ValueError where an autoencoder's images are not of the size of those that it encoded."""
+    if reconstructions.shape != images.shape:
+        given, out = (" x ".join(map(str, one.shape[1:])) for one in (images, reconstructions))
+        raise ValueError(
+            f"images are {given}, what the autoencoder makes of them {out}: give images of its config's image_size"
+        )
 
 
 def discriminator_objective(*, autoencoder: str = "autoencoder") -> Objective:
