@@ -449,6 +449,9 @@ def test_sampling(run: Path) -> None:
     assert drawn.evaluations == 2, "three points of the published grid"
     assert drawn.overview.is_file() and "9 images in" in drawn.told
     assert Image.open(drawn.folder / "00004.png").text["num_inference_steps"] == "3"
+    assert [Image.open(drawn.folder / f"0000{i}.png").text["class"] for i in range(4)] == ["0", "1", "2", "0"]
+    fewer = recipe.sample(run, count=2, device="cpu")
+    assert sorted(file.name for file in fewer.folder.iterdir()) == ["00000.png", "00001.png"]
     pipe = load_generator(run / "pipeline", CPU)
 
     def images(count: int, batch_size: int, seed: int = 0) -> torch.Tensor:

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from diffusers import AutoencoderKL
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
@@ -111,7 +112,10 @@ def small_recipe(**changes: Any) -> TextToImageRecipe:
         "network": smallest_network,
         "stages": (
             PretrainingStage(
-                name="low", buckets=lambda: Buckets.fixed(Size(16, 16), batch_size=4), shares=2, training=few()
+                name="low",
+                buckets=lambda: Buckets.fixed(Size(16, 16), batch_size=4),
+                shares=2,
+                training=few(batch_size=8),
             ),
             PretrainingStage(name="mixed", buckets=two_shapes, shares=2, training=few(), weighting="token"),
         ),
@@ -162,12 +166,28 @@ def test_the_pipeline_is_the_trained_network(run: Path) -> None:
     assert any(not torch.equal(value, trained[name]) for name, value in weights(run / "low" / "model").items())
 
 
+def prompts_inside(folder: Path) -> list[str]:
+    return [Image.open(file).text["prompt"] for file in sorted(folder.iterdir())]
+
+
+def test_pictures_of_other_prompts_and_counts_do_not_mix(run: Path) -> None:
+    recipe = small_recipe()
+    seven = recipe.sample(run, count=3, device="cpu", prompt="a red seven")
+    two = recipe.sample(run, count=2, device="cpu", prompt="a green two")
+    assert seven.overview != two.overview and seven.overview.is_file()
+    assert prompts_inside(seven.folder) == ["a red seven"] * 3
+    assert prompts_inside(two.folder) == ["a green two"] * 2
+    fewer = recipe.sample(run, count=1, device="cpu", prompt="a red seven")
+    assert fewer.folder == seven.folder and len(prompts_inside(fewer.folder)) == 1
+
+
 def test_samples_of_a_prompt(run: Path) -> None:
     recipe = small_recipe()
     drawn = recipe.sample(run, count=3, device="cpu", prompt="a red seven")
     assert (drawn.count, drawn.prompts, drawn.evaluations) == (3, ("a red seven",) * 3, 4)
-    assert len(list(drawn.folder.glob("*.png"))) == 3
-    assert recipe.sample(run, device="cpu").prompts == lens.TINY_PROMPTS
+    assert len(prompts_inside(drawn.folder)) == 3
+    every = recipe.sample(run, device="cpu")
+    assert every.prompts == lens.TINY_PROMPTS == tuple(prompts_inside(every.folder))
     with pytest.raises(ValueError, match="count is 0"):
         recipe.sample(run, count=0, device="cpu")
     with pytest.raises(ValueError, match="has no prompts of its own"):
@@ -179,13 +199,21 @@ def test_scores(run: Path) -> None:
     table = recipe.evaluate(run, device="cpu")
     kinds = [row[0] for row in table.rows]
     assert len(kinds) == 2 * 2 * 2 + 2  # styles, sizes, guidance scales; chance and ceiling
-    assert kinds[0] == "dense en, 16 x 16, w = 1"
+    assert kinds[0] == "dense en, 16 x 16, w = 1, T = 2, seed 0"
     assert table.columns == ("pictures", "digit", "colour", "position", "background", "all", "n")
     assert all(0 <= value <= 1 for value in table.metrics.values())
-    brief = table.rows[kinds.index("brief en, 16 x 16, w = 1")]
+    brief = table.rows[kinds.index("brief en, 16 x 16, w = 1, T = 2, seed 0")]
     assert brief[2:5] == ("", "", ""), "what a prompt does not say is not scored"
     again = recipe.evaluate(run, device="cpu", resume=True)
     assert again == table
+    others = [recipe.evaluate(run, device="cpu", **kind) for kind in ({"steps": 3}, {"seed": 1})]
+    names = [name for one in (table, *others) for name in one.metrics]
+    assert len(set(names)) == len(names) == 3 * len(table.metrics), "each kind has names and cards of its own"
+    assert all(
+        card.startswith(f"{name}: n = 6, ")
+        for one in (table, *others)
+        for name, card in zip(one.metrics, one.cards, strict=True)
+    )
     with pytest.raises(ValueError, match="no known answer"):
         recipe.evaluate(run, device="cpu", prompt="a red seven")
     with pytest.raises(ValueError, match="for people to judge"):

@@ -1,7 +1,7 @@
 """Drawn images as files: one each, and a grid of the first ones."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from wellposed.data.pictures import save_image, save_image_grid
 from wellposed.recipes.ddpm_draw import grid_columns
 from wellposed.recipes.recipe import OnProgress
+from wellposed.training.export import replaced_folder
 
 __all__ = ["KeptImages", "announced", "keep_images"]
 
@@ -40,10 +41,11 @@ def keep_images(
     *,
     count: int,
     about: Mapping[str, str | int | float],
+    about_each: Callable[[int], Mapping[str, str | int | float]] = lambda number: {},
     enlarge: int = 1,
     on_progress: OnProgress,
 ) -> KeptImages:
-    """Write batches of images in [0, 1] as they come.
+    """Write batches of images in [0, 1] as they come; they take the place of an earlier drawing once all are there.
 
     Args:
         batches: the images.
@@ -51,19 +53,23 @@ def keep_images(
         name: of this drawing.
         count: images in all.
         about: written into every file.
+        about_each: from an image's number to what is written into its own file besides.
         enlarge: factor of the grid.
         on_progress: called after every batch.
     """
     shown: list[Tensor] = []
     number = 0
     started = time.perf_counter()
-    for images in batches:
-        for image in images.cpu():
-            save_image(image, samples / name / f"{number:05d}.png", metadata={**about, "number": number})
-            number += 1
-        if len(shown) < MOST_IN_GRID:
-            shown += images.cpu()
-        on_progress("images", number, count)
+    # What another network or count left is no part of this drawing.
+    with replaced_folder(samples / name) as fresh:
+        for images in batches:
+            for image in images.cpu():
+                metadata = {**about, **about_each(number), "number": number}
+                save_image(image, fresh / f"{number:05d}.png", metadata=metadata)
+                number += 1
+            if len(shown) < MOST_IN_GRID:
+                shown += images.cpu()
+            on_progress("images", number, count)
     seconds = time.perf_counter() - started
     shown = shown[:MOST_IN_GRID]
     grid = samples / f"{name}.png"

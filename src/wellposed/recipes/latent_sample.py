@@ -17,7 +17,7 @@ DEFAULT_COUNT = 40
 
 @dataclass(frozen=True, kw_only=True)
 class LatentImages(DrawnSamples):
-    """Images ``00000.png``, ``00001.png``, ... and a grid of the first ones."""
+    """Images ``00000.png``, ``00001.png``, ..., each with its class inside, and a grid of the first ones."""
 
     @property
     def told(self) -> str:
@@ -44,7 +44,7 @@ def sample_latent(
     folder = open_run(run)
     steps = recipe.sampling.num_inference_steps if steps is None else steps
     pipe = load_generator(folder.pipeline, resolved_device(device))
-    scale = recipe.sampling.guidance_scale
+    scale, classes = recipe.sampling.guidance_scale, pipe.transformer.config["num_classes"]
     about = {"recipe": recipe.name, "seed": seed, "num_inference_steps": steps, "guidance_scale": scale}
     drawn = draw_images(pipe, recipe.sampling, count=count, num_inference_steps=steps, seed=seed)
     kept = keep_images(
@@ -53,6 +53,7 @@ def sample_latent(
         f"T{steps:04d}_w{scale:g}_seed{seed}",
         count=count,
         about=about,
+        about_each=lambda number: {"class": number % classes},
         enlarge=2,
         on_progress=on_progress,
     )

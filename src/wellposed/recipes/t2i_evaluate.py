@@ -44,7 +44,8 @@ class PictureKind:
     seed: int
 
     def __str__(self) -> str:
-        return f"{self.style} {self.language}, {self.height} x {self.width}, w = {self.guidance_scale:g}"
+        what = f"{self.style} {self.language}, {self.height} x {self.width}"
+        return f"{what}, w = {self.guidance_scale:g}, T = {self.num_inference_steps}, seed {self.seed}"
 
 
 @dataclass(frozen=True, kw_only=True)

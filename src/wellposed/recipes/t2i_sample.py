@@ -1,5 +1,8 @@
 """Pictures from a run that draws prompts."""
 
+import hashlib
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +20,7 @@ DEFAULT_COUNT = 8
 
 @dataclass(frozen=True, kw_only=True)
 class PromptedImages(DrawnSamples):
-    """Images ``00000.png``, ``00001.png``, ... and a grid of the first ones.
+    """Images ``00000.png``, ``00001.png``, ..., each with its prompt inside, and a grid of the first ones.
 
     Attributes:
         prompts: of the images, in order.
@@ -73,9 +76,10 @@ def sample_t2i(
     kept = keep_images(
         draw_prompts(pipe, prompts, recipe.sampling, seed=seed, num_inference_steps=steps),
         folder.samples,
-        f"T{steps:04d}_w{scale:g}_seed{seed}",
+        f"T{steps:04d}_w{scale:g}_seed{seed}_{_short_hash(known)}",
         count=count,
         about=about,
+        about_each=lambda number: {"prompt": prompts[number]},
         enlarge=2 if recipe.sampling.size[0] < 128 else 1,
         on_progress=on_progress,
     )
@@ -88,3 +92,8 @@ def sample_t2i(
         seconds=kept.seconds,
         prompts=prompts,
     )
+
+
+def _short_hash(prompts: Sequence[str]) -> str:
+    """What tells the drawings of some prompts from those of others."""
+    return hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:8]
