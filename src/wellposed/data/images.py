@@ -179,10 +179,9 @@ class PictureFiles:
 
     def read(self, indices: Int[Tensor, "batch"]) -> Shaped[Tensor, "batch channels height width"]:
         """Pixels at ``indices``, uint8; raises ValueError for a file that is no picture."""
-        pictures = [
-            self.framing.apply(read_picture(self.root / self.names[i], upright=self.framing.upright))
-            for i in indices.tolist()
-        ]
+        upright = self.framing.upright
+        files = [self.root / self.names[i] for i in indices.tolist()]
+        pictures = [self.framing.apply(read_picture(file, upright=upright)) for file in files]
         return torch.from_numpy(np.stack(pictures))
 
     def fingerprint(self) -> str:
