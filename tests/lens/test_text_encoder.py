@@ -127,6 +127,14 @@ def test_the_model_is_left_as_it_was(model, tokens):
         assert not module._forward_hooks and "forward" not in vars(module)
 
 
+def test_the_precision_of_a_run_is_not_that_of_its_text(model, tokenizer):
+    """Features are kept by the model's format; a run in bfloat16 must find and leave the same."""
+    expected = features_of(model, tokenizer)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = features_of(model, tokenizer)
+    assert same(found, expected)
+
+
 def test_a_batch_is_as_its_prompts_alone(model, tokenizer):
     in_double_precision(model)
     together = features_of(model, tokenizer)

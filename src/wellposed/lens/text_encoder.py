@@ -156,7 +156,7 @@ def read_taps(
     mask: Bool[Tensor, "batch length"],
     taps: Sequence[int] = TAPS,
 ) -> list[Float[Tensor, "batch length width"]]:
-    """The residual stream after some decoder layers, in the order of ``taps``, without a graph.
+    """The residual stream after some decoder layers, in the order of ``taps``, without a graph and out of autocast.
 
     The model's own forward runs, so that whatever moves its weights about (device maps, offloading) takes part; layers
     above the last tap, the final norm and the head hand on what they get.
@@ -185,7 +185,8 @@ def read_taps(
     unread = [*layers[max(taps) + 1 :], decoder.norm, *([] if head is None else [head])]
     handles = [layers[index].register_forward_hook(keep(index)) for index in taps]
     try:
-        with torch.no_grad(), _passing_through(unread):
+        # What is read depends on the text and the model, and not on the precision of the run that asks.
+        with torch.no_grad(), torch.autocast(ids.device.type, enabled=False), _passing_through(unread):
             model(input_ids=ids, attention_mask=mask.long(), use_cache=False)
     finally:
         for handle in handles:
