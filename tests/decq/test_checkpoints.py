@@ -130,6 +130,8 @@ def test_a_decoder_for_a_model_that_is_there(encoder: nn.Module, tmp_path: Path,
         torch.testing.assert_close(plain.decode(latents).sample, expected, rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match="with num_queries=0, and add queries"):
         load_rae_decoder(path, with_queries)
+    with pytest.raises(ValueError, match=r"num_queries is 8, but .* no queries; .* AutoencoderDecQ.from_rae"):
+        load_rae_checkpoint(encoder, path, num_queries=8)
     started = AutoencoderDecQ.from_rae(plain, num_queries=2, condenser_layers=(0,))
     assert torch.equal(started.decoder.decoder_pred.weight, theirs.decoder_pred.weight)
     assert torch.equal(started._latents_std, plain._latents_std)
@@ -178,6 +180,13 @@ def test_without_tables_a_caller_says_what_they_said(tmp_path: Path) -> None:
     x, t, labels = normal(2, 8, 5, 5), torch.tensor([0.3, 0.9]), torch.tensor([0, 3])
     with torch.no_grad():
         torch.testing.assert_close(ours(x, t, labels).sample, theirs(x, t, labels), rtol=0, atol=1e-5)
+
+
+def test_a_published_generator_has_no_queries(tmp_path: Path) -> None:
+    path = saved(dit_dh().state_dict(), tmp_path / "stage2_model.pt")
+    with pytest.raises(ValueError, match=r"num_queries is 8, but .* no queries; .* DecQTransformer2DModel"):
+        load_dit_dh_checkpoint(path, num_queries=8)
+    assert load_dit_dh_checkpoint(path, num_queries=0).config["num_queries"] == 0
 
 
 def test_published_sizes_are_known(tmp_path: Path) -> None:

@@ -103,13 +103,14 @@ def load_rae_checkpoint(
         encoder_type: "dinov2" (with registers), "siglip2" or "mae".
         ema: which weights of a file that holds the trained and the averaged ones.
         config: further fields of the autoencoder, e.g. ``noise_tau``; also ``decoder_num_attention_heads`` for a
-            decoder that is none of the published sizes.
+            decoder that is none of the published sizes. No ``num_queries``: published files have none.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not such files, or files that do not fit one another.
+        ValueError: not such files, or files that do not fit one another; queries.
     """
     _check_encoder_type(encoder_type)
+    _refuse_queries(config, "load it without, and add them with AutoencoderDecQ.from_rae(rae, num_queries=...)")
     weights = network_weights(decoder, DECODER_MARK, DECODER_FILE, ema=ema)
     sizes = _decoder_sizes(weights, decoder)
     model = ENCODERS[encoder_type].load(encoder)
@@ -176,7 +177,9 @@ def load_dit_dh_checkpoint(path: str | Path, *, ema: bool = True, **config: Any)
     Raises:
         FileNotFoundError: no such file.
         ValueError: not such a file; the message names the tensors that are missing, unknown or of another shape.
+            Queries.
     """
+    _refuse_queries(config, "for a generator with queries train a DecQTransformer2DModel(..., num_queries=...)")
     weights = network_weights(path, DIT_DH_MARK, DIT_DH_FILE, ema=ema)
     network = DecQTransformer2DModel(**{**_dit_dh_sizes(weights, path), **config, "num_queries": 0})
     named = dict(_dit_dh_names(network))
@@ -188,6 +191,11 @@ def load_dit_dh_checkpoint(path: str | Path, *, ema: bool = True, **config: Any)
     _check_tables(held, tables, path)
     network.load_state_dict({ours: held[theirs].float() for ours, theirs in named.items()})
     return network.eval()
+
+
+def _refuse_queries(config: Mapping[str, Any], instead: str) -> None:
+    if config.get("num_queries"):
+        raise ValueError(f"num_queries is {config['num_queries']}, but published files have no queries; {instead}")
 
 
 def _check_encoder_type(encoder_type: str) -> None:
