@@ -28,7 +28,7 @@ from PIL import Image
 
 from wellposed.data.shards import ShardSample, write_shards
 from wellposed.lens.curation import CurationConfig, CurationTools
-from wellposed.lens.curation_pictures import decode_picture
+from wellposed.lens.curation_pictures import decode_quietly
 from wellposed.lens.curation_scorers import DctEmbedder
 from wellposed.lens.curation_sources import Address, SampleReader, list_samples
 from wellposed.lens.curation_stages import UnitPictures, picture_stages
@@ -93,7 +93,7 @@ def stages(source: Path, count: int) -> dict[str, Any]:
 
 def decoded_size(content: bytes, limit: int) -> int:
     try:
-        return decode_picture(content, max_pixels=limit).width
+        return decode_quietly(content, max_pixels=limit).width
     except ValueError:
         return 0
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from wellposed.data.decoding import BrokenPictureError, decode_picture, read_header
-from wellposed.lens.caption_writer import decode_picture as shown_to_captioners
+from wellposed.lens.caption_writer import decode_for_captioner as shown_to_captioners
 
 ORIENTATION = 0x0112
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from PIL.ExifTags import Base as ExifTag
 
-from wellposed.lens.caption_writer import CAPTION_INSTRUCTIONS, CaptionWriter, decode_picture, read_caption
+from wellposed.lens.caption_writer import CAPTION_INSTRUCTIONS, CaptionWriter, decode_for_captioner, read_caption
 
 FOX = "A red fox sleeps under a wooden bridge, and a sign above it says “SORRY, I CAN'T”."
 PROMPT = CaptionWriter().prompt("0")
@@ -129,7 +129,7 @@ def test_twice_the_words_are_still_a_caption():
 )
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 def test_pictures_are_reduced_and_never_enlarged(size, side, shown, kind):
-    picture = decode_picture(encoded(Image.new("RGB", size, "red"), kind), side)
+    picture = decode_for_captioner(encoded(Image.new("RGB", size, "red"), kind), side)
     assert (picture.size, picture.mode) == (shown, "RGB")
     np.testing.assert_allclose(np.asarray(picture), np.broadcast_to([255, 0, 0], (*shown[::-1], 3)), atol=2)
 
@@ -139,10 +139,10 @@ def test_pictures_are_shown_upright_and_on_white():
     exif[ExifTag.Orientation] = 6
     lying = Image.new("RGB", (6, 2), "red")
     lying.paste("blue", (0, 0, 3, 2))
-    upright = np.asarray(decode_picture(encoded(lying, exif=exif), 8))
+    upright = np.asarray(decode_for_captioner(encoded(lying, exif=exif), 8))
     assert upright.shape == (6, 2, 3)
     assert (upright[:3] == (0, 0, 255)).all() and (upright[3:] == (255, 0, 0)).all()
-    clear = decode_picture(encoded(Image.new("RGBA", (2, 2), (255, 0, 0, 0))), 8)
+    clear = decode_for_captioner(encoded(Image.new("RGBA", (2, 2), (255, 0, 0, 0))), 8)
     assert (np.asarray(clear) == 255).all()
 
 
@@ -150,13 +150,13 @@ def test_pictures_are_shown_upright_and_on_white():
 def test_broken_pictures(kind):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8))
     whole = encoded(noise, kind)
-    decode_picture(whole, 40)
+    decode_for_captioner(whole, 40)
     for broken in (b"", b"<html>", whole[:20], whole[: len(whole) // 2], whole[:8] + b"\0" * 100):
         with pytest.raises(ValueError, match="^no picture: "):
-            decode_picture(broken, 40)
+            decode_for_captioner(broken, 40)
 
 
 def test_a_picture_that_unpacks_to_too_much(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     with pytest.raises(ValueError, match="^no picture: too many pixels"):
-        decode_picture(encoded(Image.new("RGB", (8, 8))), 8)
+        decode_for_captioner(encoded(Image.new("RGB", (8, 8))), 8)

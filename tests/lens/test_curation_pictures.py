@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageFilter
 
 from wellposed.data.decoding import BrokenPictureError
-from wellposed.lens.curation_pictures import clarity, decode_picture, exposure, information, reduced
+from wellposed.lens.curation_pictures import clarity, decode_quietly, exposure, information, reduced
 
 SPEC = importlib.util.spec_from_file_location("planted_corpus", Path(__file__).with_name("planted_corpus.py"))
 assert SPEC and SPEC.loader
@@ -25,7 +25,7 @@ CLEAN, PLANTS = corpus.clean_files(), corpus.planted_files()
 
 
 def decode(content, **options):
-    return decode_picture(content, max_pixels=LIMIT, **options)
+    return decode_quietly(content, max_pixels=LIMIT, **options)
 
 
 def reason(content, **options):
@@ -188,9 +188,9 @@ def shown_or_reason(content):
 
 def test_limits_hold_before_anything_is_decoded():
     content = corpus.encoded(corpus.drawing(0, 64))
-    assert decode_picture(content, max_pixels=64 * 64).width == 64
+    assert decode_quietly(content, max_pixels=64 * 64).width == 64
     with pytest.raises(BrokenPictureError, match="too many pixels: 64 x 64, the limit is 4095"):
-        decode_picture(content, max_pixels=64 * 64 - 1)
+        decode_quietly(content, max_pixels=64 * 64 - 1)
 
 
 def test_floating_point_pictures_are_refused():

@@ -19,11 +19,11 @@ from wellposed.data import decoding
 from wellposed.data.words import word_count, words_of
 from wellposed.lens.raw_answers import read_answer
 
-__all__ = ["CAPTION_INSTRUCTIONS", "CaptionStyle", "CaptionWriter", "decode_picture", "read_caption"]
+__all__ = ["CAPTION_INSTRUCTIONS", "CaptionWriter", "InstructionStyle", "decode_for_captioner", "read_caption"]
 
-CaptionStyle = Literal["dense", "brief"]
+InstructionStyle = Literal["dense", "brief"]
 
-CAPTION_INSTRUCTIONS: Mapping[CaptionStyle, str] = {
+CAPTION_INSTRUCTIONS: Mapping[InstructionStyle, str] = {
     "dense": """\
 Describe this picture in {language}, in one paragraph of fewer than {max_words} words, so fully that someone who reads \
 the paragraph and sees nothing could paint the picture again.
@@ -158,8 +158,8 @@ def _runs(words: list[str]) -> set[tuple[str, ...]]:
     return set(zip(*(itertools.islice(words, start, None) for start in range(ECHO_WORDS)), strict=False))
 
 
-def decode_picture(encoded: bytes, side: int) -> Image.Image:
-    """A picture in RGB, upright, no longer than ``side`` pixels on its longer side.
+def decode_for_captioner(encoded: bytes, side: int) -> Image.Image:
+    """A picture as captioners are shown it: in RGB, upright, no longer than ``side`` pixels on its longer side.
 
     Raises:
         ValueError: what is encoded is no picture, or broken.

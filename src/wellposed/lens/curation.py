@@ -32,7 +32,7 @@ from wellposed.data.shards import CAPTIONING_FILE, ShardSample, write_shards
 from wellposed.lens.curation_captions import CaptionWork, forget_failures
 from wellposed.lens.curation_config import CurationConfig
 from wellposed.lens.curation_engines import Engine, Work, do_all
-from wellposed.lens.curation_pictures import decode_picture
+from wellposed.lens.curation_pictures import decode_quietly
 from wellposed.lens.curation_report import CurationReport, report_of
 from wellposed.lens.curation_scorers import tool_name
 from wellposed.lens.curation_sources import DamagedFile, SampleReader, list_samples
@@ -43,7 +43,7 @@ from wellposed.lens.near_duplicates import duplicate_groups, kept_of_each
 __all__ = ["CurationConfig", "CurationReport", "CurationTools", "audit", "curate", "report_of"]
 
 MEASURED = STAGES[1:8]
-SHARD_FORMATS = ("JPEG", "MPO", "WEBP")
+COPIED_FORMATS = ("JPEG", "MPO", "WEBP")  # into shards, byte for byte
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
@@ -387,10 +387,10 @@ def _shardable(content: bytes, record: Record, config: CurationConfig) -> bytes:
     """The bytes of a picture; encoded anew, without loss, where whoever reads shards would not take them."""
     kind, deep = record.facts["format"], "deep" in record.facts
     # Few readers turn a PNG file as its metadata say.
-    if kind in SHARD_FORMATS or (kind == "PNG" and not deep and read_header(content).orientation == 1):
+    if kind in COPIED_FORMATS or (kind == "PNG" and not deep and read_header(content).orientation == 1):
         return content
     encoded = io.BytesIO()
-    decode_picture(content, max_pixels=config.max_pixels).pixels.save(encoded, "PNG")
+    decode_quietly(content, max_pixels=config.max_pixels).pixels.save(encoded, "PNG")
     return encoded.getvalue()
 
 

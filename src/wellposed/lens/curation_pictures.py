@@ -9,10 +9,10 @@ from PIL import Image
 from wellposed.data import decoding
 from wellposed.data.decoding import DecodedPicture
 
-__all__ = ["clarity", "decode_picture", "exposure", "information", "reduced"]
+__all__ = ["clarity", "decode_quietly", "exposure", "information", "reduced"]
 
 
-def decode_picture(content: bytes, *, max_pixels: int, enough: int | None = None) -> DecodedPicture:
+def decode_quietly(content: bytes, *, max_pixels: int, enough: int | None = None) -> DecodedPicture:
     """:func:`wellposed.data.decoding.decode_picture` without Pillow's warnings: they are about oddities of metadata and
     palettes, and about sizes, which are limited here.
 

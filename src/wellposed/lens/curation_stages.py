@@ -19,7 +19,7 @@ from safetensors.numpy import save
 from wellposed.data.decoding import BrokenPictureError, DecodedPicture
 from wellposed.lens.captioning import Captioner
 from wellposed.lens.curation_config import CurationConfig
-from wellposed.lens.curation_pictures import clarity, decode_picture, exposure, information, reduced
+from wellposed.lens.curation_pictures import clarity, decode_quietly, exposure, information, reduced
 from wellposed.lens.curation_scorers import DctEmbedder, Embedder, Scorer, tool_name
 from wellposed.lens.curation_sources import BrokenMetadataError, SampleReader
 from wellposed.lens.curation_tables import CurationFolder, Record
@@ -105,7 +105,7 @@ class UnitPictures:
         return self._decode(self.content(record), enough=None).pixels
 
     def _decode(self, content: bytes, enough: int | None) -> DecodedPicture:
-        return decode_picture(content, max_pixels=self._config.max_pixels, enough=enough)
+        return decode_quietly(content, max_pixels=self._config.max_pixels, enough=enough)
 
     def _keep(self, record: Record, picture: Image.Image) -> None:
         self._bytes += 3 * picture.width * picture.height

@@ -24,7 +24,7 @@ from typing import Any
 from PIL import Image
 
 from wellposed.data.decoding import read_header
-from wellposed.lens.caption_writer import CaptionWriter, decode_picture, read_caption
+from wellposed.lens.caption_writer import CaptionWriter, decode_for_captioner, read_caption
 from wellposed.lens.captioning import CaptionRequest, CaptionResult
 from wellposed.lens.chat_endpoint import RETRIED_STATUS, ChatAnswer, ChatEndpoint, EndpointError
 from wellposed.lens.rate_limit import RateLimit
@@ -346,7 +346,7 @@ def _read(answer: ChatAnswer, prompt: str, max_words: int) -> str:
 def _data_url(encoded: bytes, side: int) -> str:
     """A picture as it is sent; raises ValueError for what is none."""
     kind, sent = "JPEG", encoded
-    picture = decode_picture(encoded, side)
+    picture = decode_for_captioner(encoded, side)
     with Image.open(io.BytesIO(encoded)) as original:
         plain = original.mode in ("RGB", "L", "P") and not original.has_transparency_data
         upright = read_header(encoded).orientation == 1

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
-from wellposed.lens.caption_writer import CaptionWriter, decode_picture, read_caption
+from wellposed.lens.caption_writer import CaptionWriter, decode_for_captioner, read_caption
 from wellposed.lens.captioning import CaptionRequest, CaptionResult
 
 __all__ = ["LocalCaptioner"]
@@ -124,7 +124,7 @@ class LocalCaptioner(CaptionWriter):
         shown: dict[int, Image.Image] = {}
         for place, request in enumerate(requests):
             try:
-                shown[place] = decode_picture(request.picture, self.image_side)
+                shown[place] = decode_for_captioner(request.picture, self.image_side)
             except ValueError as error:
                 results[place] = CaptionResult(key=request.key, error=str(error))
         written = self._written([requests[place].key for place in shown], list(shown.values()))
