@@ -1,6 +1,7 @@
 """The judge of caption following: right about drawn scenes whatever their size, and no better than chance on noise."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -27,9 +28,8 @@ def pictures(height: int = 32, width: int = 32) -> torch.Tensor:
 def classifiers(tmp_path_factory: pytest.TempPathFactory) -> AttributeClassifiers:
     """Trained on fewer scenes than it is worth, for a test's time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(caption_following, "TRAINING_SCENES", 1500)
         patch.setattr(caption_following, "TEST_SCENES", 280)
-        return attribute_classifiers(tmp_path_factory.mktemp("classifier"), steps=120, device="cpu")
+        return attribute_classifiers(tmp_path_factory.mktemp("classifier"), steps=120, num_scenes=1500, device="cpu")
 
 
 @pytest.mark.parametrize("size", [(32, 32), (45, 90), (96, 48)])
@@ -118,19 +118,19 @@ def test_scores_in_a_line(classifiers):
 
 
 def test_kept_and_a_function_of_the_seed(tmp_path, monkeypatch):
-    monkeypatch.setattr(caption_following, "TRAINING_SCENES", 200)
     monkeypatch.setattr(caption_following, "TEST_SCENES", 50)
-    first = attribute_classifiers(tmp_path / "a", steps=3, device="cpu")
-    again = attribute_classifiers(tmp_path / "a", steps=3, device="cpu")
-    same, other = (attribute_classifiers(tmp_path / f"b{seed}", steps=3, seed=seed, device="cpu") for seed in (0, 1))
+    trained = partial(attribute_classifiers, num_scenes=200, device="cpu")
+    first = trained(tmp_path / "a", steps=3)
+    again = trained(tmp_path / "a", steps=3)
+    same, other = (trained(tmp_path / f"b{seed}", steps=3, seed=seed) for seed in (0, 1))
     assert first.name == again.name == same.name != other.name
     assert torch.equal(first.hits, again.hits)
     assert not first.network.training and not again.network.training
-    with pytest.raises(ValueError, match="3 steps, seed 0"):
-        attribute_classifiers(tmp_path / "a", steps=4, device="cpu")
+    with pytest.raises(ValueError, match=r"made with steps = 3 \(now 4\)"):
+        trained(tmp_path / "a", steps=4)
     (tmp_path / "a" / caption_following.WEIGHTS_FILE).write_bytes(b"half a file")
     with pytest.raises(ValueError, match="damaged"):
-        attribute_classifiers(tmp_path / "a", steps=3, device="cpu")
+        trained(tmp_path / "a", steps=3)
 
 
 def test_bad_input(classifiers):

@@ -50,6 +50,23 @@ def test_a_second_call_takes_what_the_first_left(tmp_path: Path, monkeypatch: py
         assert type(encoder).__name__ == ENCODERS["dinov2"].model_class
 
 
+def test_an_encoder_of_other_settings_is_not_taken(tmp_path: Path) -> None:
+    hashed = hash_weights(trained(tmp_path, max_steps=1))
+    others: list[tuple[str, dict[str, Any]]] = [
+        (r"max_steps = 1 \(now 2\)", {"max_steps": 2}),
+        (r"seed = 0 \(now 7\)", {"max_steps": 1, "seed": 7}),
+        (r"task = 'classes' \(now 'shapes'\)", {"max_steps": 1, "task": "shapes"}),
+        ("images = ", {"max_steps": 1, "images": stripes(12)}),
+    ]
+    for told, changes in others:
+        with pytest.raises(ValueError, match=told):
+            trained(tmp_path, **changes)
+    wider = replace(SHAPE, hidden_size=24)
+    with pytest.raises(ValueError, match=r"hidden_size = 16 \(now 24\)"):
+        small_encoder(tmp_path, stripes(), wider, replace(TRAINING, max_steps=1), seed=0, device="cpu")
+    assert hash_weights(trained(tmp_path, max_steps=1)) == hashed
+
+
 def test_it_is_a_function_of_its_seed(tmp_path: Path) -> None:
     state = torch.random.get_rng_state()
     hashes = [hash_weights(trained(tmp_path / str(i), seed=seed, max_steps=2)) for i, seed in enumerate((0, 0, 1))]

@@ -33,6 +33,7 @@ from wellposed.evaluation.agreement import share_of_hits
 from wellposed.evaluation.features import check_unit_range, hash_weights
 from wellposed.evaluation.scores import Estimate
 from wellposed.recipes.device import resolved_device
+from wellposed.recipes.made_with import claim_folder
 from wellposed.recipes.optimize import seeded_network
 from wellposed.recipes.run_folder import is_main_process
 from wellposed.training import PlannedBatches, Player, StepContext, TrainingConfig, derived_seed, train
@@ -54,7 +55,6 @@ ALL = "all"
 
 WEIGHTS_FILE = "classifier.safetensors"
 HITS = "hits_on_test_scenes"
-SETTINGS = "settings"
 
 SHORTER_SIDE = 32
 WINDOW = 20  # a digit has 16
@@ -197,7 +197,13 @@ class AttributeClassifiers:
 
 
 def attribute_classifiers(
-    folder: str | Path, *, steps: int = 400, seed: int = 0, device: str = "auto", progress: bool = False
+    folder: str | Path,
+    *,
+    steps: int = 400,
+    num_scenes: int = TRAINING_SCENES,
+    seed: int = 0,
+    device: str = "auto",
+    progress: bool = False,
 ) -> AttributeClassifiers:
     """Train a classifier of scenes; a second call with the same folder loads what the first left.
 
@@ -206,6 +212,7 @@ def attribute_classifiers(
     Args:
         folder: where its weights and checkpoints are kept.
         steps: training steps.
+        num_scenes: to train on.
         seed: of its weights, the scenes and the noise.
         device: where it is trained and will run.
         progress: show a progress bar.
@@ -214,11 +221,11 @@ def attribute_classifiers(
         ImportError: scikit-learn is missing.
         ValueError: the folder holds one that was trained otherwise, or a damaged file.
     """
+    claim_folder(folder, {"steps": steps, "seed": seed, "scenes": num_scenes})
     path = Path(folder) / WEIGHTS_FILE
-    settings = f"{steps} steps, seed {seed}, {TRAINING_SCENES} scenes"
     network = seeded_network(SceneClassifier, seed)
     if path.is_file():
-        hits = _load(network, path, settings)
+        hits = _load(network, path)
         network = network.to(resolved_device(device)).eval().requires_grad_(False)
         return AttributeClassifiers(network=network, hits=hits)
     train(
@@ -229,7 +236,7 @@ def attribute_classifiers(
             optimizer=partial(AdamW, lr=LEARNING_RATE),
             lr_scheduler=partial(LambdaLR, lr_lambda=lambda step: (1 + math.cos(math.pi * step / steps)) / 2),
         ),
-        PlannedBatches(dataset=_training_scenes(seed), batch_size=BATCH_SIZE, seed=seed),
+        PlannedBatches(dataset=_training_scenes(num_scenes, seed), batch_size=BATCH_SIZE, seed=seed),
         TrainingConfig(
             max_steps=steps, checkpoint_every=steps, keep_last=1, seed=seed, device=device, progress=progress
         ),
@@ -240,7 +247,7 @@ def attribute_classifiers(
     asked = _asked(scenes)
     hits = torch.cat([network.classes(images) == asked[rows] for rows, images in _drawn(scenes)])
     if is_main_process():
-        _save(network, hits, path, settings)
+        _save(network, hits, path)
     return AttributeClassifiers(network=network, hits=hits)
 
 
@@ -348,10 +355,10 @@ class _TrainingScenes:
         return f"{len(self)} digit scenes, seed {self.seed}"
 
 
-def _training_scenes(seed: int) -> _TrainingScenes:
+def _training_scenes(count: int, seed: int) -> _TrainingScenes:
     """Scenes of the training split, with noise and with the square about the ink somewhat beside it."""
     generator = torch.Generator().manual_seed(derived_seed(seed, "noise"))
-    scenes = random_scenes(TRAINING_SCENES, seed=seed)
+    scenes = random_scenes(count, seed=seed)
     measured: list[SceneFeatures] = []
     order: list[int] = []
     for rows, images in _drawn(scenes):
@@ -392,22 +399,19 @@ def _loss(
     return torch.stack(list(losses.values())).sum(), losses
 
 
-def _save(network: SceneClassifier, hits: Bool[Tensor, "scenes attributes"], path: Path, settings: str) -> None:
+def _save(network: SceneClassifier, hits: Bool[Tensor, "scenes attributes"], path: Path) -> None:
     partial_file = path.with_name(f".{path.name}")
     weights = {name: weight.cpu().contiguous() for name, weight in network.state_dict().items()}
-    save_file({**weights, HITS: hits}, partial_file, metadata={SETTINGS: settings})
+    save_file({**weights, HITS: hits}, partial_file)
     partial_file.replace(path)
 
 
-def _load(network: SceneClassifier, path: Path, settings: str) -> Bool[Tensor, "scenes attributes"]:
+def _load(network: SceneClassifier, path: Path) -> Bool[Tensor, "scenes attributes"]:
     try:
         with safe_open(path, framework="pt") as file:
-            found = (file.metadata() or {}).get(SETTINGS)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged ({error}); remove it to train the classifier again") from error
-    if found != settings:
-        raise ValueError(f"{path} was trained with {found}, not with {settings}; choose another folder or remove it")
     hits = tensors.pop(HITS)
     network.load_state_dict(tensors)
     return hits

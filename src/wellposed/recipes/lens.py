@@ -24,6 +24,7 @@ __all__ = [
     "lens_toy",
     "tiny_autoencoder",
     "tiny_corpus",
+    "tiny_judge",
     "with_autoencoder",
     "with_captions",
     "with_fixed_resolution",
@@ -102,7 +103,7 @@ def lens_tiny() -> TextToImageRecipe:
         sampling=T2ISamplingSettings(size=(32, 32), num_inference_steps=16, guidance_scale=3.0, batch_size=50),
         evaluation=FollowingEvaluation(
             prompts=_tiny_prompts,
-            judge=_tiny_judge,
+            judge=tiny_judge,
             num_samples=200,
             guidance_scales=(1.0, 3.0),
             sizes=((32, 32), (48, 48)),
@@ -374,12 +375,18 @@ def _qwen3(folder: Path, data: Path, corpus: Any, seed: int, device: str, *, nam
 def tiny_corpus(
     folder: Path, data: Path, recipe: TextToImageRecipe, seed: int, device: str, *, count: int = TINY_COUNT
 ) -> Any:
-    """Pictures in a folder, curated with captions from their sidecars, and opened in the recipe's style."""
+    """Pictures in a folder, curated with captions from their sidecars, and opened in the recipe's style.
+
+    Raises:
+        ValueError: the folder holds other pictures.
+    """
     from wellposed.data.captioned_digits import write_captioned_folder
     from wellposed.data.shards import ShardedImages
     from wellposed.lens.curation import curate
     from wellposed.lens.curation_config import CurationConfig
+    from wellposed.recipes.made_with import claim_folder
 
+    claim_folder(folder, {"count": count, "sizes": TINY_NATIVE_SIZES, "seed": seed})
     raw, curated = folder / "raw", folder / "curated"
     if not (curated / "report.json").is_file():
         write_captioned_folder(raw, count, sizes=TINY_NATIVE_SIZES, seed=seed)
@@ -444,8 +451,9 @@ def _tiny_prompts(count: int, style: Any, language: Any, seed: int) -> Any:
     return scenes, [caption(scene, style=style, language=language) for scene in scenes], mentioned(style)
 
 
-def _tiny_judge(folder: Path, seed: int, device: str) -> Any:
+def tiny_judge(folder: Path, seed: int, device: str, *, steps: int = 400, num_scenes: int = 6000) -> Any:
+    """A classifier of scenes, trained on the spot, as ``FollowingEvaluation`` wants it."""
     from wellposed.recipes.caption_following import attribute_classifiers, score_following
 
-    classifiers = attribute_classifiers(folder, seed=seed, device=device)
+    classifiers = attribute_classifiers(folder, steps=steps, num_scenes=num_scenes, seed=seed, device=device)
     return lambda images, scenes, asked: score_following(images, scenes, classifiers, asked=asked)

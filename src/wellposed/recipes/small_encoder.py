@@ -16,7 +16,7 @@ encoders, whose augmentations are of this kind. There are two tasks:
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from wellposed.batches import ImageBatch
 from wellposed.data.images import ImageDataset
 from wellposed.decq.encoders import ENCODERS, IMAGENET_MEAN, IMAGENET_STD
+from wellposed.recipes.made_with import claim_folder
 from wellposed.recipes.optimize import player, train_what_counts, training_config
 from wellposed.recipes.recipe import TrainingSettings
 from wellposed.recipes.run_folder import is_main_process
@@ -127,10 +128,15 @@ def small_encoder(
         progress: show a progress bar.
 
     Raises:
-        ValueError: an unknown task; classes are to be told, and the images have none.
+        ValueError: an unknown task; classes are to be told, and the images have none; the folder holds an encoder that
+            was trained otherwise.
     """
     if task not in get_args(Task):
         raise ValueError(f"task is {task!r}; write one of {', '.join(map(repr, get_args(Task)))}")
+    if task == "classes" and images.labels is None:
+        raise ValueError(f"the encoder learns classes, and {images.name!r} has none; give a labelled set")
+    made_with = {"task": task, **asdict(shape), **asdict(training), "seed": seed, "images": images.fingerprint()}
+    claim_folder(folder, made_with)
     path = Path(folder) / WEIGHTS_FILE
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derived_seed(seed, "encoder"))
@@ -138,8 +144,6 @@ def small_encoder(
         if path.is_file():
             encoder.load_state_dict(load_file(path))
             return encoder
-        if task == "classes" and images.labels is None:
-            raise ValueError(f"the encoder learns classes, and {images.name!r} has none; give a labelled set")
         prefix = ENCODERS["dinov2"].num_prefix_tokens(cast(Any, encoder.config))
         if images.labels is not None and task == "classes":
             pupil = _Classifier(encoder, shape.hidden_size, prefix, int(images.labels.max()) + 1)

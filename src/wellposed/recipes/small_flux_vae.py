@@ -8,7 +8,7 @@ means and variances of its packed latents over the corpus go into its BatchNorm,
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from wellposed.batches import TextImageBatch
 from wellposed.lens.latents import pack_latents
+from wellposed.recipes.made_with import claim_folder
 from wellposed.recipes.optimize import player, seeded_network, training_config
 from wellposed.recipes.recipe import TrainingSettings
 from wellposed.training import Objective, StepContext, TrainingData, export_pretrained, replaced_folder, train
@@ -84,7 +85,12 @@ def small_flux_vae(
         shares: of a step of the data, over all ranks.
         progress: show a progress bar.
         statistics_steps: steps of whose images the statistics of latents are taken.
+
+    Raises:
+        ValueError: the folder holds an autoencoder that was trained otherwise.
     """
+    chosen = {"seed": seed, "shares": shares, "statistics_steps": statistics_steps, "data": dict(data.fingerprint())}
+    claim_folder(folder, {**asdict(shape), **asdict(training), **chosen})
     finished = Path(folder) / "model"
     with worker_group(device) as workers:
         if not (finished / "config.json").is_file():

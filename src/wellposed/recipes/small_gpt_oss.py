@@ -6,8 +6,9 @@ features needs; what words *mean* it has to learn itself. A pretrained encoder k
 nothing about encoders.
 """
 
+import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from transformers import GptOssConfig, GptOssForCausalLM, PreTrainedTokenizerFas
 
 from wellposed.lens.template import CONTROL_TOKENS, PUBLISHED_TEMPLATE
 from wellposed.lens.text_encoder import LensTextEncoder
+from wellposed.recipes.made_with import claim_folder
 from wellposed.training import derived_seed, replaced_folder
 
 __all__ = ["GptOssShape", "caption_tokenizer", "small_gpt_oss"]
@@ -98,10 +100,18 @@ def small_gpt_oss(folder: str | Path, captions: Sequence[str], shape: GptOssShap
         captions: of the tokenizer.
         shape: sizes.
         seed: of the weights.
+
+    Raises:
+        ValueError: the folder holds one of other sizes, captions or seed.
     """
     root = Path(folder)
-    if not (root / "config.json").is_file():
+    digest = hashlib.sha256("\n".join(captions).encode()).hexdigest()
+    made_with = {**asdict(shape), "seed": seed, "captions": digest}
+    if (root / "config.json").is_file():
+        claim_folder(root, made_with)
+    else:
         with replaced_folder(root) as fresh:
+            claim_folder(fresh, made_with)
             caption_tokenizer(captions, shape.vocab_size).save_pretrained(fresh)
             shape.build(seed).save_pretrained(fresh)
     taps = tuple(range(shape.num_hidden_layers))
