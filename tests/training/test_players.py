@@ -12,6 +12,8 @@ from wellposed.training.players import check_players
         ({"every": 0}, "every is 0; write 1"),
         ({"start": -1}, "count from 0"),
         ({"ema_start": -1}, "count from 0"),
+        ({"phases": (0,)}, r"phases are \(0,\); write steps from 1 on that rise"),
+        ({"phases": (3, 3)}, r"phases are \(3, 3\); write"),
         ({"ema_decay": 1.0}, r"ema_decay is 1.0; write a number in \(0, 1\)"),
         ({"ema_decay": 0.0}, r"ema_decay is 0.0; write a number in \(0, 1\)"),
         ({"clip_norm": 0.0}, "clip_norm is 0.0; write a positive norm"),

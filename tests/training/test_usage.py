@@ -92,6 +92,26 @@ def test_players_that_rest_cost_nothing(toy, tmp_path):
     assert usage_of(tmp_path).model_flops == (7 + 2) * STEP_FLOPS
 
 
+@pytest.mark.parametrize("stop", [None, 2, 3, 4])
+def test_terms_that_come_later_are_counted_from_then_on(toy, tmp_path, stop):
+    """The same, whether the run goes on before, in or after the step in which they come."""
+
+    def objective(models, batch, context):
+        loss, metrics = toy.denoise(models, batch, context)
+        for begins in (3, 5):
+            if context.step >= begins:
+                loss = loss + toy.denoise(models, batch, context)[0]
+        return loss, metrics
+
+    def players():
+        growing = toy.player(name="a", objective=objective, phases=(3, 5))
+        return [growing, toy.player(name="b", model=toy.network(seed=1), every=2)]
+
+    for steps in (7,) if stop is None else (stop, 7):
+        train(players(), toy.data(), toy.config(max_steps=steps), tmp_path)
+    assert usage_of(tmp_path).model_flops == (3 * 1 + 2 * 2 + 2 * 3 + 4) * STEP_FLOPS
+
+
 def test_model_flops_leave_out_what_checkpointing_repeats(toy, tmp_path):
     class Saving(nn.Module):
         def __init__(self):

@@ -1,7 +1,9 @@
 """Players: a model, what it is trained for, and how."""
 
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -46,6 +48,8 @@ class Player:
             num_warmup_steps=500, num_training_steps=50_000)``; stepped once per update of this player.
         every: the player is updated in steps 0, every, 2 every, ...
         start: and in none before this one.
+        phases: steps from which on the objective has other terms, rising. What its updates compute is counted anew in
+            each phase (:mod:`wellposed.training.usage`); nothing else depends on it.
         ema_decay: decay of an exponential moving average of the weights, in (0, 1), or None for no average. Update n
             decays by min(ema_decay, (1 + n) / (10 + n)), so that a short run is not dominated by its random start.
         ema_start: the average copies the weights for this many updates before it begins to lag.
@@ -62,6 +66,7 @@ class Player:
     lr_scheduler: Callable[[Optimizer], LRScheduler] | None = None
     every: int = 1
     start: int = 0
+    phases: tuple[int, ...] = ()
     ema_decay: float | None = None
     ema_start: int = 0
     clip_norm: float | None = None
@@ -75,6 +80,8 @@ class Player:
             raise ValueError(
                 f"player {self.name!r}: start and ema_start count from 0, got {self.start}, {self.ema_start}"
             )
+        if any(later <= earlier for earlier, later in pairwise((0, *self.phases))):
+            raise ValueError(f"player {self.name!r}: phases are {self.phases}; write steps from 1 on that rise")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(
                 f"player {self.name!r}: ema_decay is {self.ema_decay}; write a number in (0, 1) such as 0.999, or None"
@@ -87,6 +94,10 @@ class Player:
     def plays_in(self, step: int) -> bool:
         """Whether the player is updated in this step."""
         return step >= self.start and step % self.every == 0
+
+    def phase_at(self, step: int) -> int:
+        """How many of the phases have begun."""
+        return bisect_right(self.phases, step)
 
 
 def check_players(players: Player | Sequence[Player]) -> tuple[Player, ...]:

@@ -103,8 +103,8 @@ class Run:
         metrics: the latest loss, gradient norm, learning rate and further scalars, as ``"<player>/<metric>"``.
         group_losses: of the steps since the last line of metrics.
         step_samples: samples of the latest step, over all ranks.
-        step_flops: model FLOPs of the latest step, over all ranks, as every player's first update had them; None where
-            they cannot be counted: a compiled model would run uncompiled meanwhile.
+        step_flops: model FLOPs of the latest step, over all ranks, as every player's first update of its phase had
+            them; None where they cannot be counted: a compiled model would run uncompiled meanwhile.
         workers: this process among its peers; ``workers.is_main`` on the one that writes and reports.
         config: the run's settings.
     """
@@ -121,7 +121,7 @@ class Run:
         self.models: Mapping[str, nn.Module] = {name: live.model for name, live in self.players.items()}
         self.averages = {name: live.average for name, live in self.players.items() if live.average}
         self._counts_flops = not any(map(_is_compiled, self.models.values()))
-        self._update_flops: dict[str, float | None] = {}
+        self._update_flops: dict[tuple[str, int], float | None] = {}  # by player and phase
 
     @contextmanager
     def evaluating(self, name: str, *, averaged: bool = True) -> Generator[nn.Module]:
@@ -160,7 +160,7 @@ class Run:
         kept = None if len(playing) == 1 else list(fetched())
         for name in playing:
             self._update(self.players[name], fetched() if kept is None else kept, shares, len(mine))
-        flops = [self._update_flops.get(name) for name in playing]
+        flops = [self._update_flops.get((name, self.players[name].player.phase_at(self.step))) for name in playing]
         self.step_flops = None if None in flops else sum(filter(None, flops))
         self.step_samples = sum(map(len, shares))
         self.step += 1
@@ -171,7 +171,8 @@ class Run:
         name = live.player.name
         totals: dict[str, Tensor] = {}
         batch_size = sum(map(len, shares))
-        counter = FlopCounter() if self._counts_flops and name not in self._update_flops else None
+        phase = live.player.phase_at(self.step)
+        counter = FlopCounter() if self._counts_flops and (name, phase) not in self._update_flops else None
         with _only_trainable(name, self.models):
             for part, batch in batches:
                 context = StepContext(
@@ -185,7 +186,7 @@ class Run:
                 for metric, value in self._backward(live, batch, context, count, counter).items():
                     totals[metric] = totals[metric] + value if metric in totals else value
         if counter:
-            self._update_flops[name] = self._on_all_ranks(counter)
+            self._update_flops[name, phase] = self._on_all_ranks(counter)
         if self.config.sharding == "ddp":
             average_gradients(live.parameters, self.workers)
         totals["grad_norm"] = live.gradient_norm()
