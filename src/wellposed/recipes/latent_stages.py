@@ -32,7 +32,7 @@ from wellposed.recipes.latent_draw import draw_images, reconstructed
 from wellposed.recipes.latent_recipe import GenerationSettings, LatentRecipe
 from wellposed.recipes.optimize import averaged_network, player, seeded_network, train_what_counts, training_config
 from wellposed.recipes.recipe import TrainingSettings
-from wellposed.recipes.run_folder import is_main_process, write_json
+from wellposed.recipes.run_folder import write_json
 from wellposed.recipes.stages import StageOptions, Trained, frozen_on
 from wellposed.training import (
     Callback,
@@ -157,14 +157,9 @@ def generator_stage(
         callbacks: further ones.
     """
     network = seeded_network(lambda: recipe.generator(autoencoder, _num_classes(recipe)), options.seed)
-    show = None if export is None else _ExportPipeline(recipe, autoencoder, guide, export, options.seed)
-    settings = recipe.generation
-    called = [*([] if show is None else [show]), *callbacks]
-    trained = _flow_stage(settings, settings.training, network, autoencoder, latents, folder, options, called)
-    if show is not None and not show.done and is_main_process():
-        # The last checkpoint is of an earlier process, which may have died before it exported.
-        show.export(trained.model)
-    return trained
+    show = [] if export is None else [_ExportPipeline(recipe, autoencoder, guide, export, options.seed)]
+    settings, called = recipe.generation, [*show, *callbacks]
+    return _flow_stage(settings, settings.training, network, autoencoder, latents, folder, options, called)
 
 
 def pipeline_of(
@@ -272,7 +267,10 @@ def _reconstruction_players(
     if settings.encoder != "frozen":
         side, channels = autoencoder.config["encoder_input_size"], autoencoder.config["num_channels"]
         train_what_counts(encoder, lambda: autoencoder.encoder_tokens(torch.zeros(1, channels, side, side)).last)
-    players = [player(AUTOENCODER, autoencoder, objective, settings.training, steps=steps)]
+    playing = player(AUTOENCODER, autoencoder, objective, settings.training, steps=steps)
+    # From then on its updates go through the discriminator.
+    phases = (settings.adversarial_start,) if judged and settings.adversarial_start else ()
+    players = [replace(playing, phases=phases)]
     if settings.discriminator is not None:
         judge = seeded_network(
             lambda: cast(Any, settings.discriminator)(options.device, recipe.folder, encoder), options.seed
@@ -384,22 +382,15 @@ class _ExportPipeline(Callback):
     ) -> None:
         self.recipe, self.autoencoder, self.guide, self.folder, self.seed = recipe, autoencoder, guide, folder, seed
         self.class_names = recipe.training_images().class_names
-        self.done = False
-
-    def export(self, network: DecQTransformer2DModel) -> DecQPipeline:
-        """The pipeline, after it was saved."""
-        pipe = pipeline_of(self.recipe, self.autoencoder, network, guide=self.guide, class_names=self.class_names)
-        with replaced_folder(self.folder) as fresh, _silent():
-            pipe.save_pretrained(fresh)
-        return pipe
 
     def on_checkpoint(self, run: Run, path: Path) -> None:
         """Export, draw."""
         network = averaged_network(run, GENERATOR, DecQTransformer2DModel, self.folder.parent)
         if network is None:
             return
-        pipe = self.export(network)
-        self.done = run.step == run.config.max_steps
+        pipe = pipeline_of(self.recipe, self.autoencoder, network, guide=self.guide, class_names=self.class_names)
+        with replaced_folder(self.folder) as fresh, _silent():
+            pipe.save_pretrained(fresh)
         sampling = self.recipe.sampling
         drawn = draw_images(
             pipe, sampling, count=NUM_GRID_IMAGES, num_inference_steps=sampling.num_inference_steps, seed=self.seed

@@ -1,5 +1,6 @@
 """``train``: the loop around the step."""
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -19,9 +20,12 @@ from wellposed.training.players import Player, check_players
 from wellposed.training.run import Run
 from wellposed.training.usage import USAGE_FILE, Usage, UsageMeter, usage_before
 
-__all__ = ["METRICS_FILE", "Callback", "TrainingResult", "train"]
+__all__ = ["CALLBACKS_FILE", "METRICS_FILE", "Callback", "TrainingResult", "train"]
 
 METRICS_FILE = "metrics.jsonl"
+
+CALLBACKS_FILE = "callbacks.json"
+"""``{"step": N}``: on all ranks every ``on_checkpoint`` of the checkpoint of step N has returned."""
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +40,11 @@ class Callback:
         """After every ``log_every``-th step, with the line written to ``metrics.jsonl``."""
 
     def on_checkpoint(self, run: Run, path: Path) -> None:
-        """After a checkpoint is complete; ``path`` is its folder."""
+        """After a checkpoint is complete; ``path`` is its folder.
+
+        A process may die after it has saved and before all callbacks have returned. The run that goes on from this
+        checkpoint calls them first: what they leave must be the same after a second call.
+        """
 
     def on_end(self, run: Run) -> None:
         """When training is over: finished, interrupted or failed."""
@@ -70,9 +78,11 @@ def train(
 ) -> TrainingResult:
     """Train the players on the data, leaving checkpoints, ``metrics.jsonl`` and ``usage.json`` in ``out``.
 
-    The same call continues an unfinished run exactly, and returns at once from a finished one. Run it under
-    ``torchrun`` for several processes. Ctrl-C and SIGTERM finish the step and write a checkpoint; a second one, a
-    second later or more, stops on the spot. torch's global random state is as before when this returns.
+    The same call continues an unfinished run exactly, and returns at once from a finished one. If a session ended
+    before every ``on_checkpoint`` of its last checkpoint had returned, they are called first, in a finished run too. A
+    run without ``callbacks.json``, as older versions left it, counts as such a one. Run it under ``torchrun`` for
+    several processes. Ctrl-C and SIGTERM finish the step and write a checkpoint; a second one, a second later or more,
+    stops on the spot. torch's global random state is as before when this returns.
 
     Args:
         players: what to train.
@@ -109,6 +119,10 @@ def train(
         stack.callback(meter.close)
         for callback in callbacks:
             stack.callback(callback.on_end, run)
+        called = folder / CALLBACKS_FILE
+        if checkpoint and workers.any(workers.is_main and not _is_noted(called, run.step)):
+            _at_checkpoint(run, checkpoint, callbacks, meter, called)
+            meter.write()  # the time that they took; in a finished run nothing else is counted
         while run.step < config.max_steps:
             run.advance(data)
             meter.count(run.step - 1, run.step_samples, run.step_flops)
@@ -124,10 +138,7 @@ def train(
             stopping = workers.any(interrupt.raised)
             if stopping or run.step % config.checkpoint_every == 0 or run.step == config.max_steps:
                 checkpoint = _save(run, store, fingerprint, meter.usage())
-                meter.write()
-                for callback in callbacks:
-                    callback.on_checkpoint(run, checkpoint)
-                workers.wait()  # here, and not in the next step's collectives, which devices give up after minutes
+                _at_checkpoint(run, checkpoint, callbacks, meter, called)
                 if run.step < config.max_steps and stopping:
                     raise TrainingInterrupted(run.step, checkpoint)
     assert checkpoint is not None  # the last step is always saved
@@ -150,6 +161,33 @@ def _meter(
     weights = [weight for live in run.players.values() for weight in live.parameters]
     arithmetic = arithmetic_of(run.config.precision, weights, run.workers.device)
     return UsageMeter(path, run.workers, data, arithmetic, before)
+
+
+def _at_checkpoint(run: Run, checkpoint: Path, callbacks: Sequence[Callback], meter: UsageMeter, called: Path) -> None:
+    """What follows a checkpoint, and the note in ``called`` that it is done."""
+    meter.write()
+    for callback in callbacks:
+        callback.on_checkpoint(run, checkpoint)
+    run.workers.wait()  # here, and not in the next step's collectives, which devices give up after minutes
+    if run.workers.is_main:
+        _note(called, run.step)
+
+
+def _note(path: Path, step: int) -> None:
+    """Whole or not at all. Where that fails callbacks are called once more: no reason to lose a run."""
+    partial = path.with_suffix(".partial")
+    try:
+        partial.write_text(json.dumps({"step": step}) + "\n", encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        logger.warning("%s cannot be written (%s); a resume calls the callbacks again", path, error.strerror)
+
+
+def _is_noted(path: Path, step: int) -> bool:
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) == {"step": step}
+    except (OSError, ValueError):
+        return False
 
 
 def _save(run: Run, store: CheckpointStore, fingerprint: dict[str, int | str], usage: Usage) -> Path:
