@@ -10,6 +10,7 @@ import shutil
 import signal
 import tarfile
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from wellposed.data.buckets import Size
 from wellposed.data.shards import ShardedImages
 from wellposed.lens.captioning import CaptionResult
 from wellposed.lens.curation import CurationConfig, CurationTools, audit, curate, report_of
+from wellposed.lens.curation_sources import SampleReader
 from wellposed.lens.curation_stages import UnitPictures
 from wellposed.lens.curation_tables import STAGES, CurationFolder
 
@@ -445,6 +447,31 @@ def test_where_nobody_answered_is_asked_anew_and_a_refusal_only_on_demand(small,
     assert report.kept == 10 and report.captions.cost == 6
 
 
+@pytest.mark.parametrize("answered", [False, True])
+def test_a_file_that_could_not_be_read_is_asked_for_in_the_next_run(answered, small, tmp_path, monkeypatch):
+    """Be it that nobody was asked yet, or that there is an answer, which is not paid for again."""
+    raw, _ = small
+    tools = CurationTools(captioner=Captioner(dies_after=None if answered else 0))
+    with nullcontext() if answered else pytest.raises(ConnectionError):
+        curate(raw, tmp_path, SMALL, tools=tools)
+    tools.captioner.dies_after = None
+    whole, config = SampleReader.metadata, replace(SMALL, max_caption_words=400)
+
+    def failing(reader, address):
+        if address.file == "3.png":
+            raise OSError("the network is gone")
+        return whole(reader, address)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(SampleReader, "metadata", failing)
+        report = curate(raw, tmp_path, config, tools=tools, redo=True)
+    assert report.kept == 9 and report.captions.failures == {"unreadable file": 1}
+    report = curate(raw, tmp_path, config, tools=tools)
+    assert report.kept == 10 and report.captions.failures == {} and report.captions.cost == 5
+    assert len(tools.captioner.asked) == len(set(tools.captioner.asked)) == 10
+    assert "3.png" in samples_of(tmp_path)
+
+
 class IdentifiedCaptioner(Captioner):
     """With something that its captions depend on."""
 
@@ -550,6 +577,8 @@ def test_captions_that_are_none_are_left_out(text, reason, small, tmp_path):
     raw, _ = small
     report = curate(raw, tmp_path, SMALL, tools=CurationTools(captioner=Captioner(text=text)))
     assert dict(report.stages[-1].rejected) == {reason: 10} and report.shards == 0
+    assert report.captions.failures == {reason: 10}, "they are no captions to the report either"
+    assert report.captions.captions == 0 and report.captions.mean_words is None
 
 
 def test_captioners_that_mix_up_their_results_are_refused(small, tmp_path):

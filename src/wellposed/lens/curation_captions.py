@@ -34,9 +34,9 @@ from wellposed.lens.curation_tables import CurationFolder, Record, append_lines,
 
 __all__ = ["CaptionWork", "StyledCaption", "caption_result", "forget_failures", "spent_on_captions"]
 
-NOT_SENT = "not sent"
-# These reasons say nothing against a picture.
-ASKED_ANEW = frozenset({NOT_SENT, "no answer"})
+NOT_SENT, UNREADABLE = "not sent", "unreadable file"
+# These reasons say nothing against a picture: nobody answered, or nobody was asked.
+ASKED_ANEW = frozenset({NOT_SENT, "no answer", UNREADABLE})
 LONGEST_NAME = 60  # of a model, in the name of a folder
 
 
@@ -150,7 +150,7 @@ class CaptionWork:
             try:
                 content, metadata = pictures.content(record), pictures.reader.metadata(record.address)
             except (BrokenPictureError, OSError, ValueError) as error:
-                lost.append(CaptionResult(key=record.key, error=f"unreadable file: {error}"))
+                lost.append(CaptionResult(key=record.key, error=f"{UNREADABLE}: {error}"))
             else:
                 requests.append(CaptionRequest(key=record.key, picture=content, metadata=metadata))
                 abouts[record.key] = _hash_of(metadata)
@@ -175,7 +175,7 @@ class CaptionWork:
         try:
             about = abouts.get(record.key) or _hash_of(reader.metadata(record.address))
         except (OSError, ValueError) as error:
-            return record.judged(facts, "unreadable file", f"unreadable file: {error}")
+            return record.judged(facts, UNREADABLE, f"{UNREADABLE}: {error}")
         return record.judged(facts | {"metadata": about})
 
 
@@ -267,10 +267,10 @@ def _hash_of(metadata: Mapping[str, Any]) -> str:
 
 
 def caption_result(record: Record) -> CaptionResult:
-    """What a captioner said of a record that the stage of captions has judged."""
-    text = record.facts.get("caption")
-    error = None if text else record.details or record.reason or "no caption"
-    return CaptionResult(key=record.key, text=text, error=error)
+    """What the stage of captions made of a record: a caption that it keeps, or the reason why there is none."""
+    if record.reason is not None:
+        return CaptionResult(key=record.key, error=record.reason)
+    return CaptionResult(key=record.key, text=record.facts["caption"])
 
 
 def forget_failures(folder: CurationFolder, units: Iterable[int], *, all_of_them: bool) -> int:
@@ -279,14 +279,15 @@ def forget_failures(folder: CurationFolder, units: Iterable[int], *, all_of_them
     Args:
         folder: of the curation.
         units: to look at.
-        all_of_them: also those whose answer was no caption; otherwise those only for which nobody answered.
+        all_of_them: also those whose answer was no caption; otherwise those only for which nobody answered, or
+            whose file could not be read when somebody was to be asked.
     """
     forgotten = 0
     for unit in units:
         if not folder.table("captions", unit).is_file():
             continue
-        failed = [record for record in folder.read_table("captions", unit) if "caption" not in record.facts]
-        if any(all_of_them or record.reason in ASKED_ANEW for record in failed):
+        records = folder.read_table("captions", unit)
+        if any(record.reason in ASKED_ANEW or (all_of_them and "caption" not in record.facts) for record in records):
             folder.table("captions", unit).unlink()
             forgotten += 1
     return forgotten
