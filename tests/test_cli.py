@@ -17,7 +17,7 @@ import torch
 
 from wellposed import cli
 from wellposed.cli import main
-from wellposed.recipes import RECIPES, DDPMRecipe, FeatureEvaluation, recipe_named
+from wellposed.recipes import RECIPES, DDPMRecipe, FeatureEvaluation, ScoreTable, recipe_named
 from wellposed.recipes.lgs import lgs_tiny
 from wellposed.recipes.text_recipe import TextRecipe, TextSets
 from wellposed.recipes.udm import udm_tiny
@@ -143,6 +143,26 @@ def test_a_run_of_text_from_end_to_end(small_recipe: None, tmp_path: Path, capsy
     assert "T0002_seed0_prompt" in page
     assert main(["sample", "run", "--num-lanczos-steps", "2"]) == 2
     assert "--num-lanczos-steps means nothing to udm_tiny; of its own it takes --prompt" in complaint(capsys)
+
+
+def test_scores_keep_their_cards(small_recipe: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other scores come beside the earlier ones, and the same ones in their place."""
+    run = tmp_path / "run"
+    (run / "pipeline").mkdir(parents=True)
+    (run / "pipeline" / "model_index.json").touch()
+    (run / "recipe.json").write_text('{"recipe": "lgs_tiny"}')
+
+    def table(steps: int, value: float, how: str) -> ScoreTable:
+        name = f"distance T={steps}"
+        return ScoreTable(columns=(), rows=(), caption="", metrics={name: value}, cards=(f"{name}: {how}",))
+
+    tables = [table(4, 1.0, "n = 10"), table(16, 2.0, "n = 10"), table(4, 3.0, "n = 20")]
+    monkeypatch.setattr(type(small_tiny()), "evaluate", lambda self, run, **options: tables.pop(0))
+    for _ in range(3):
+        assert main(["evaluate", "run"]) == 0
+    record = json.loads((run / "record.json").read_text())
+    assert record["metrics"] == {"distance T=4": 3.0, "distance T=16": 2.0}
+    assert sorted(record["notes"]) == ["distance T=16: n = 10", "distance T=4: n = 20"]
 
 
 def test_account_of_published_settings_and_of_a_run(

@@ -323,16 +323,25 @@ def _keep_record(
 
 
 def _record_scores(run: Path, scores: "ScoreTable", seed: int, started: datetime) -> None:
-    """The record of the run with its scores beside what training measured."""
+    """The record of the run with its scores and their cards beside what was measured before."""
     from wellposed.recipes.run_folder import RunFolder
     from wellposed.report.record import read_record
 
     kept = run / "record.json"
-    before: dict[str, Any] = dict(read_record(kept).metrics) if kept.is_file() else {}
+    metrics: dict[str, Any] = {}
+    notes: tuple[str, ...] = ()
+    if kept.is_file():
+        before = read_record(kept)
+        renewed = {_subject(card) for card in scores.cards}
+        metrics, notes = dict(before.metrics), tuple(note for note in before.notes if _subject(note) not in renewed)
     settings = RunFolder(run).settings()
-    _keep_record(
-        run, settings["recipe"], "evaluate", settings, before | dict(scores.metrics), seed, started, scores.cards
-    )
+    metrics |= scores.metrics
+    _keep_record(run, settings["recipe"], "evaluate", settings, metrics, seed, started, (*scores.cards, *notes))
+
+
+def _subject(card: str) -> str:
+    """The number that a card is about: ``name: what it depends on``."""
+    return card.partition(": ")[0]
 
 
 def _show_table(columns: Sequence[str], rows: Iterable[Sequence[str]], caption: str | None = None) -> None:
