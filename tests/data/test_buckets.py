@@ -40,23 +40,20 @@ def test_the_nearest_shape_is_that_of_the_closest_log_ratio():
             nearest = BUCKETS.nearest(native, base)
             assert distances[nearest] == pytest.approx(min(distances.values()), abs=1e-12)
             fits = height >= nearest.height and width >= nearest.width
-            assert (number >= 0) == fits == (base in BUCKETS.eligible(native))
+            assert (number >= 0) == fits
             if fits:
                 assert BUCKETS.shapes[number] == (base, nearest)
 
 
-def test_a_picture_is_eligible_where_it_need_not_grow():
-    assert BUCKETS.eligible(Size(64, 64)) == (32, 64)
-    assert BUCKETS.eligible(Size(63, 64)) == (32,)
-    assert BUCKETS.eligible(Size(31, 64)) == (32,), "24 x 48 is nearest"
-    assert BUCKETS.eligible(Size(31, 31)) == ()
-    assert BUCKETS.eligible(Size(23, 5000)) == ()
+def test_a_picture_belongs_where_it_need_not_grow():
+    fits = BUCKETS.choices(np.array([(64, 64), (63, 64), (31, 64), (31, 31), (23, 5000)])) >= 0
+    # 31 x 64 is nearest to 24 x 48.
+    assert fits.tolist() == [[True, True], [True, False], [True, False], [False, False], [False, False]]
 
 
 def test_tolerance_lets_small_enlargements_in():
     tolerant = Buckets(by_base={64: (Size(64, 64),)}, batch_sizes={64: 1}, tolerance=0.05)
-    assert tolerant.eligible(Size(61, 61)) == (64,)
-    assert tolerant.eligible(Size(60, 64)) == ()
+    assert tolerant.choices(np.array([(61, 61), (60, 64)])).tolist() == [[0], [-1]]
 
 
 def test_one_shape_for_all():

@@ -19,7 +19,6 @@ from wellposed.lens.latents import encode_images
 from wellposed.lens.objectives import (
     PackedImages,
     encoding,
-    forward_flops,
     freeze_unread,
     loss_by_group,
     text_to_image_objective,
@@ -235,23 +234,24 @@ def test_what_no_loss_reaches(build_lens: Build) -> None:
 
 
 @pytest.mark.parametrize("sizes", [(4, 6, 5), (2, 3, 0)])
-def test_flops_are_those_of_a_forward(build_lens: Build, lens_inputs: Callable[..., Any], sizes: Any) -> None:
+def test_flops_are_three_times_those_of_a_forward(
+    build_lens: Build, lens_inputs: Callable[..., Any], sizes: Any
+) -> None:
     rows, columns, text = sizes
     model = build_lens()
     # The counter knows only some attention kernels.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(**lens_inputs(rows, columns, text, batch=1))
-    assert forward_flops(model, rows * columns, text) == pytest.approx(counter.get_total_flops(), rel=1e-9)
+    assert training_flops(model, rows * columns, text) == pytest.approx(3 * counter.get_total_flops(), rel=1e-9)
 
 
 @pytest.mark.parametrize("grid", [(2, 3), (4, 6)])
 def test_flops_of_a_training_step(build_lens: Build, lens_inputs: Callable[..., Any], grid: tuple[int, int]) -> None:
-    """Three times the forward pass where everything is trained; counted, it has a few less: nobody asks for the
-    gradient of what the first matrices read, nor for anything of the frozen ones that nothing reads.
+    """Counted, it has a few less: nobody asks for the gradient of what the first matrices read, nor for anything of
+    the frozen ones that nothing reads.
     """
     model = build_lens()
     count = grid[0] * grid[1]
-    assert training_flops(model, count, 5) == 3 * forward_flops(model, count, 5)
     freeze_unread(model)
     counter = FlopCounter()
     with counter.forward():
@@ -267,7 +267,7 @@ def test_flops_of_a_training_step(build_lens: Build, lens_inputs: Callable[..., 
 def test_flops_of_the_published_network(side: int, flops: float) -> None:
     with torch.device("meta"):
         model = LensTransformer2DModel()
-    assert forward_flops(model, (side // 16) ** 2, 180) == pytest.approx(flops, rel=0.02)
+    assert training_flops(model, (side // 16) ** 2, 180) == pytest.approx(3 * flops, rel=0.02)
 
 
 def test_four_pictures_by_heart() -> None:

@@ -93,11 +93,6 @@ class Buckets:
         ratio = np.array([native.height / native.width])
         return self.by_base[base][int(_nearest_ratio(np.array(self.by_base[base]), ratio)[0])]
 
-    def eligible(self, native: Size) -> tuple[int, ...]:
-        """The bases at which a picture fills its nearest shape without more enlargement than tolerated."""
-        numbers = self.choices(np.array([native]))[0]
-        return tuple(base for base, number in zip(sorted(self.by_base), numbers, strict=True) if number >= 0)
-
     def choices(self, sizes: Int[np.ndarray, "images 2"]) -> Int[np.ndarray, "images bases"]:
         """The number of each picture's bucket at each base, in ascending order; -1 where it is too small for it.
 

@@ -31,7 +31,6 @@ __all__ = [
     "NOISE_LEVELS",
     "PackedImages",
     "encoding",
-    "forward_flops",
     "freeze_unread",
     "loss_by_group",
     "text_to_image_objective",
@@ -223,23 +222,11 @@ def _unread(network: LensTransformer2DModel) -> tuple[nn.Module, ...]:
     return last.attn.to_add_out, last.txt_norm2, last.txt_mlp
 
 
-def forward_flops(network: LensTransformer2DModel, image_tokens: int, text_tokens: int) -> float:
-    """Floating-point operations of one image's forward pass.
-
-    Two for each weight of a matrix and each token that meets it, and 4 S^2 d for the two products of each attention
-    over S = image and text tokens. Norms and rotations, below a percent, are left out.
-
-    Args:
-        network: with its configuration.
-        image_tokens: n.
-        text_tokens: of one image.
-    """
-    linear = _linear_flops(network, image_tokens, text_tokens, lambda name, module: 1)
-    return linear + _attention_flops(network, image_tokens, text_tokens)
-
-
 def training_flops(network: LensTransformer2DModel, image_tokens: int, text_tokens: int) -> float:
     """Floating-point operations of one image in a step of training: forward and backward.
+
+    Forward, two for each weight of a matrix and each token that meets it, and 4 S^2 d for the two products of each
+    attention over S = image and text tokens. Norms and rotations, below a percent, are left out.
 
     A backward pass multiplies twice for each product: for the one factor's gradient and for the other's. Attention thus
     has three times the operations of its forward pass, whatever is trained, and so has a matrix that is trained. A
