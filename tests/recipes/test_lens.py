@@ -244,7 +244,9 @@ def test_interrupted_in_the_middle_of_an_epoch(run: Path, tmp_path: Path, monkey
 def test_one_process_then_two_then_one(run: Path, tmp_path: Path, on_ranks: Callable[..., list[Any]]) -> None:
     """A run that changes its number of processes twice, in the middle of an epoch, ends as one that never did."""
     out = tmp_path / "run"
-    stages = tuple(replace(stage, training=few(checkpoint_every=1)) for stage in small_recipe().stages)
+    stages = tuple(
+        replace(stage, training=replace(stage.training, checkpoint_every=1)) for stage in small_recipe().stages
+    )
     recipe = small_recipe(stages=stages, shown=())
 
     def until(stage: str, step: int) -> None:

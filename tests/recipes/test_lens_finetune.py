@@ -25,6 +25,7 @@ from wellposed.lens.latents import encode_images
 from wellposed.lens.pipeline import LensPipeline
 from wellposed.lens.scheduler import LensFlowMatchScheduler
 from wellposed.lens.transformer import LensTransformer2DModel
+from wellposed.recipes.lens import with_captions
 from wellposed.recipes.lens_base import BaseTextEncoder, LensBase
 from wellposed.recipes.lens_finetune import lens_full, lens_lora, with_adapter, with_folders
 from wellposed.recipes.own_pictures import LargestBase
@@ -343,6 +344,10 @@ def test_bad_input(pictures: Path, base: Path, tmp_path: Path, monkeypatch: pyte
         large.train(tmp_path / "too_small", device="cpu", progress=False)
     with pytest.raises(ValueError, match="sharding is 'fsdp2', and stage 'adapter' trains an adapter"):
         adapter_recipe(pictures, base, sharding="fsdp2").train(tmp_path / "sharded", device="cpu", progress=False)
+    for change in ({"style": "dense"}, {"style": "own", "languages": ("en", "zh")}):
+        recipe = with_captions(adapter_recipe(pictures, base), **change)
+        with pytest.raises(ValueError, match=r"your own pictures have the one caption .*; leave with_captions out"):
+            recipe.train(tmp_path / "styled", device="cpu", progress=False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install 'wellposed\[finetune\]'"):
         adapter_recipe(pictures, base).train(tmp_path / "no_peft", device="cpu")

@@ -40,7 +40,10 @@ def weights(folder: Path) -> dict[str, Tensor]:
 def short(sharding: str) -> TextToImageRecipe:
     """Two stages of two steps, the first with blocks computed again."""
     stages = [
-        replace(stage, training=few(max_steps=2, checkpoint_every=1, warmup_steps=0, sharding=sharding))
+        replace(
+            stage,
+            training=replace(stage.training, max_steps=2, checkpoint_every=1, warmup_steps=0, sharding=sharding),
+        )
         for stage in small_recipe().stages
     ]
     return small_recipe(stages=(replace(stages[0], gradient_checkpointing=True), stages[1]), shown=())
@@ -110,6 +113,18 @@ def test_stages_that_cannot_be() -> None:
         replace(recipe, network=None)
     with pytest.raises(ValueError, match="lens_tiny has 0 stages"):
         replace(recipe, stages=())
+
+
+def test_settings_of_a_stage_that_its_buckets_contradict() -> None:
+    low, mixed = small_recipe().stages
+    with pytest.raises(ValueError, match="'low' has training.samples_at_a_time = 2, but a rank computes a share"):
+        replace(low, training=replace(low.training, samples_at_a_time=2))
+    larger = replace(low, training=replace(low.training, batch_size=9))
+    with pytest.raises(ValueError, match="'low' has training.batch_size = 9, but 2 shares of its buckets are 8 to 8"):
+        larger.settings()
+    with pytest.raises(ValueError, match="are 8 to 8 images; give one of these, or change shares"):
+        small_recipe(stages=(larger, mixed)).settings()
+    assert mixed.settings()["training"]["batch_size"] == 7, "between two shares of three and two of four"
 
 
 SIDE = 16

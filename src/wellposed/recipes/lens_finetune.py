@@ -139,8 +139,14 @@ def _buckets() -> Any:
 
 
 def _pictures(path: str, folder: Path, data: Path, recipe: TextToImageRecipe, seed: int, device: str) -> Any:
-    from wellposed.recipes.own_pictures import own_pictures
+    from wellposed.recipes.own_pictures import STYLE, own_pictures
 
+    if (recipe.caption_style, recipe.languages) != (STYLE, ("en",)):
+        raise ValueError(
+            f"{recipe.name} has captions of style {recipe.caption_style!r} in {', '.join(recipe.languages)}, but your "
+            "own pictures have the one caption that lies beside each, whatever its style and language; leave "
+            "with_captions out, and write those captions into the .txt files"
+        )
     return own_pictures(data / path, folder, seed=seed)
 
 

@@ -56,7 +56,8 @@ class PretrainingStage:
         name: of its folder.
         buckets: () -> the ``Buckets``: sizes of images, and how many make a share.
         shares: of a step: ranks times accumulated shares. Each share has images of one bucket.
-        training: how long and how fast; its ``batch_size`` is the mean number of images of a step.
+        training: how long and how fast; its ``batch_size`` is the mean number of images of a step. Images that a rank
+            computes at a time are those of a share.
         weighting: "share": all shares weigh the same, so that an image of four times the area weighs four times as much
             where a quarter of them make a share (as published, by our reading); "token": all tokens do.
         caption_dropout: share of images learned without text.
@@ -64,6 +65,9 @@ class PretrainingStage:
         sample_posterior: draw latents from the autoencoder's posterior, instead of its mode.
         gradient_checkpointing: compute blocks again in the backward pass instead of keeping them.
         adapter: train this alone, beside weights that stay as they are; None to train these.
+
+    Raises:
+        ValueError: ``training.samples_at_a_time``.
     """
 
     name: str
@@ -76,6 +80,31 @@ class PretrainingStage:
     sample_posterior: bool = True
     gradient_checkpointing: bool = False
     adapter: LoraSettings | None = None
+
+    def __post_init__(self) -> None:
+        if self.training.samples_at_a_time is not None:
+            raise ValueError(
+                f"stage {self.name!r} has training.samples_at_a_time = {self.training.samples_at_a_time}, but a rank "
+                "computes a share at a time; leave it out, and give buckets of smaller batch_sizes and more shares"
+            )
+
+    def settings(self) -> dict[str, Any]:
+        """Fields that are values, and the sizes.
+
+        Raises:
+            ValueError: a mean number of images that no mixture of these buckets has.
+        """
+        buckets = self.buckets()
+        counts = [self.shares * size for size in buckets.batch_sizes.values()]
+        if not min(counts) <= self.training.batch_size <= max(counts):
+            raise ValueError(
+                f"stage {self.name!r} has training.batch_size = {self.training.batch_size}, but {self.shares} shares "
+                f"of its buckets are {min(counts)} to {max(counts)} images; give one of these, or change shares or "
+                "buckets, which say how many are computed"
+            )
+        shapes = {base: [list(size) for size in sizes] for base, sizes in buckets.by_base.items()}
+        values = {name: value for name, value in asdict(self).items() if name != "buckets"}
+        return {**values, "shapes": shapes, "batch_sizes": dict(buckets.batch_sizes)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,7 +219,7 @@ class TextToImageRecipe(Recipe):
             "text_encoder": self.text_encoder.what,
             "caption_style": self.caption_style,
             "languages": self.languages,
-            "stages": [_plain(stage) for stage in self.stages],
+            "stages": [stage.settings() for stage in self.stages],
             "sampling": asdict(self.sampling),
             "evaluation": scored,
         }
@@ -203,11 +232,3 @@ class TextToImageRecipe(Recipe):
         from wellposed.recipes.t2i_train import train_t2i
 
         return Actions(train=train_t2i, sample=sample_t2i, evaluate=score_t2i)
-
-
-def _plain(stage: PretrainingStage) -> dict[str, Any]:
-    """Fields that are values, and the sizes."""
-    buckets = stage.buckets()
-    shapes = {base: [list(size) for size in sizes] for base, sizes in buckets.by_base.items()}
-    values = {name: value for name, value in asdict(stage).items() if name != "buckets"}
-    return {**values, "shapes": shapes, "batch_sizes": dict(buckets.batch_sizes)}
