@@ -1,5 +1,6 @@
 """Comparisons of autoencoders and of generators: gains over the plain one, curves that survive, times read off them."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +31,7 @@ from wellposed.recipes.latent_recipe import LatentRecipe
 from wellposed.recipes.picture_features import picture_features
 from wellposed.recipes.real_images import RealImages, real_images
 from wellposed.recipes.recipe import TrainingSettings
+from wellposed.recipes.run_folder import write_json
 from wellposed.recipes.small_encoder import EncoderShape
 from wellposed.training.checkpoint import CheckpointStore
 from wellposed.training.run import Run
@@ -418,3 +420,14 @@ def test_queries_bring_colour_back_and_shallow_taps_more_of_it(tmp_path: Path) -
         assert gain - 3 * error > 0.3
         assert outcome.bands[0] < plain.bands[0] / 2, "the error of mean colours"
     assert shallow.gain[0] > deep.gain[0] + 3 * max(shallow.gain[1], deep.gain[1])
+
+
+def test_a_checkpoint_that_is_called_again_keeps_its_time(tmp_path: Path) -> None:
+    """The run that goes on from a checkpoint is called for it first if its callbacks had not finished."""
+    path = tmp_path / "curve.json"
+    curve = {"steps": [2], "seconds": [5.0], "frechet": [1.0]}
+    write_json(path, {**curve, "checkpoint": {"step": 1, "seconds": 2.0}})
+    run, measure = Run.__new__(Run), decq_comparison._Measure.__new__(decq_comparison._Measure)
+    run.step = 2
+    decq_comparison._FollowFrechet(measure, 2, path).on_checkpoint(run, tmp_path)
+    assert json.loads(path.read_text()) == {**curve, "checkpoint": {"step": 2, "seconds": 5.0}}

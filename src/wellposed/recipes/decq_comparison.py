@@ -246,6 +246,7 @@ def compare_generation(
     folder: Path,
     real: RealImages,
     *,
+    generators: Path | None = None,
     seeds: Sequence[int] = (0,),
     reconstruction_steps: int | None = None,
     steps: int | None = None,
@@ -261,8 +262,9 @@ def compare_generation(
         chosen: the arms; the first one is the plain autoencoder. Where queries are discarded, patches are decoded by
             the plain one before the arm that sums as many layers.
         encoder: the frozen one of all.
-        folder: of autoencoders, shared with :func:`compare_reconstructions`, and of generators.
+        folder: of autoencoders, shared with :func:`compare_reconstructions`, and of their latents.
         real: what samples are compared with.
+        generators: folder of generators, None for the same.
         seeds: of the trainings.
         reconstruction_steps: of stage one.
         steps: of stage two, None for the recipe's.
@@ -285,16 +287,14 @@ def compare_generation(
             summed = autoencoder.config["num_summed_layers"]
             if autoencoder.condensers is None:
                 plain[summed] = autoencoder
-            where = _folder_of(arm.name, seed, folder)
+            where = _folder_of(arm.name, seed, generators or folder) / "generator"
             options = StageOptions(seed=seed, device=device, steps=steps)
             images = arm.recipe.training_images()
             cache = _folder_of(arm.autoencoder or arm.name, seed, folder) / "latents"
             latents = latent_stage(arm.recipe, autoencoder, images, cache, options)
             measure = _Measure(arm.recipe, autoencoder, real, count, sampling_steps, seed)
-            follow = _FollowFrechet(measure, every, where / "generator" / "curve.json")
-            generator = generator_stage(
-                arm.recipe, autoencoder, latents, where / "generator", options, callbacks=[follow]
-            ).model
+            follow = _FollowFrechet(measure, every, where / "curve.json")
+            generator = generator_stage(arm.recipe, autoencoder, latents, where, options, callbacks=[follow]).model
             samples = torch.cat(list(measure.samples(generator)))
             discards = autoencoder.num_query_tokens > 0 and summed in plain
             discarded = measure(generator, patch_decoder=plain[summed]) if discards else None
@@ -446,10 +446,13 @@ class _FollowFrechet(Callback):
         self._clock = time.process_time()
 
     def on_checkpoint(self, run: Run, path: Path) -> None:
-        """Note the time that a continuation starts with."""
+        """Note the time that a continuation starts with; of one that it starts with itself, nothing is lost."""
+        starts = self._clock is None
+        if starts:
+            self._go_on_from(run.step)
         self._at_checkpoint = {"step": run.step, "seconds": self._elapsed}
         self._write()
-        self._clock = time.process_time()
+        self._clock = None if starts else time.process_time()
 
     def _go_on_from(self, step: int) -> None:
         kept = sum(measured <= step for measured in self.steps)

@@ -12,9 +12,11 @@ from torch import nn
 
 from wellposed.batches import TextImageBatch
 from wellposed.data.captioned_digits import CaptionedDigits, captioned_digits
+from wellposed.evaluation.features import hash_weights
 from wellposed.lens.objectives import encoding, text_to_image_objective
 from wellposed.lens.text_encoder import LensTextEncoder
 from wellposed.lens.transformer import LensTransformer2DModel
+from wellposed.recipes.made_with import claim_folder
 from wellposed.recipes.optimize import averaged_network
 from wellposed.recipes.run_folder import write_json
 from wellposed.recipes.stages import StageOptions
@@ -102,11 +104,16 @@ def compare_following(
         seeds: of each.
         device: where they run.
         on_curve: called after each.
+
+    Raises:
+        ValueError: the folder holds a run of the same name and seed that was made otherwise.
     """
+    hashes = {"autoencoder": hash_weights(autoencoder), "text_encoder": hash_weights(text_encoder.model)}
     curves: list[FollowingCurve] = []
     for seed in seeds:
         for arm in arms:
             where = folder / f"{arm.name.replace(' ', '-')}-{seed}"
+            claim_folder(where, {**arm.recipe.settings(), **hashes, "corpus": arm.corpus.fingerprint(), "seed": seed})
             kept = where / "curve.json"
             if not kept.is_file():
                 parts = Parts(corpus=arm.corpus, autoencoder=autoencoder, text_encoder=text_encoder)
@@ -140,7 +147,10 @@ def _encode_captions(arm: Arm, text_encoder: LensTextEncoder, features: Path) ->
 
 
 class _Measure(Callback):
-    """At every checkpoint; what was measured is kept beside the checkpoints, so that a resumed run has it all."""
+    """At every checkpoint, once; what was measured is kept beside the checkpoints.
+
+    A run that died while it measured is measured at that checkpoint when it goes on, so that in the end it has it all.
+    """
 
     def __init__(self, recipe: TextToImageRecipe, parts: Parts, folder: Path, judge: Path, device: str) -> None:
         assert recipe.evaluation is not None
@@ -155,23 +165,25 @@ class _Measure(Callback):
         """Draw, judge, note."""
         started = time.perf_counter()
         network = averaged_network(run, NETWORK, LensTransformer2DModel, self.folder)
-        if network is None or any(one.steps == run.step for one in self.found):
+        if network is None:
             return
-        used = read_usage(self.folder / "usage.json")
-        self.found.append(
-            Measurement(
-                steps=run.step,
-                images=used.samples,
-                words=used.counters.get("caption_words", 0.0),
-                seconds=used.seconds - self.seconds,
-                model_flops=used.model_flops,
-                loss=held_out_loss(network, self.parts, features=self.folder.parent / "features"),
-                following=self._following(network),
-            )
-        )
-        self.seconds += time.perf_counter() - started
-        write_json(self.path, {"seconds": self.seconds, "measurements": [asdict(one) for one in self.found]})
+        if all(one.steps != run.step for one in self.found):
+            self.found.append(self._measured(run.step, network))
+            self.seconds += time.perf_counter() - started
+            write_json(self.path, {"seconds": self.seconds, "measurements": [asdict(one) for one in self.found]})
         write_json(self.folder / "history.json", self._history())
+
+    def _measured(self, step: int, network: LensTransformer2DModel) -> Measurement:
+        used = read_usage(self.folder / "usage.json")
+        return Measurement(
+            steps=step,
+            images=used.samples,
+            words=used.counters.get("caption_words", 0.0),
+            seconds=used.seconds - self.seconds,
+            model_flops=used.model_flops,
+            loss=held_out_loss(network, self.parts, features=self.folder.parent / "features"),
+            following=self._following(network),
+        )
 
     def _history(self) -> dict[str, list[tuple[int, float]]]:
         """Scores by images seen, where ``wellposed account --to`` looks for them: of the first kind of picture."""
