@@ -10,6 +10,8 @@ TINY = DemoSettings(
     head_steps=2,
     step_counts=(2, 3, 4),
     num_samples=70,
+    judge_steps=30,
+    analytic_images=64,
     path_kl_steps=(4, 8, 16, 32, 64),
     max_products=3,
     guidance_steps=(3,),
@@ -23,6 +25,7 @@ TINY = DemoSettings(
     text_temperatures=(0.8, 1.0),
     text_evaluations=4,
     text_samples=8,
+    text_validation=32,
     reduction_training_steps=2,
     reduction_steps=8,
     reduction_images=1,
@@ -30,9 +33,11 @@ TINY = DemoSettings(
     reduction_shorter=(4,),
     reduction_cache_thresholds=(0.1,),
     reduction_extrapolated=(2,),
+    reduction_repeats=1,
     reduction_penalties=(0.0, 0.3),
     penalised_ratios=(0.25, 0.5),
     detail_copies=1,
+    detail_images=120,
     detail_encoder_steps=2,
     detail_steps=2,
     detail_generation_steps=2,
@@ -44,6 +49,8 @@ TINY = DemoSettings(
     captions_steps=2,
     captions_mixed_steps=2,
     captions_samples=10,
+    captions_judge_steps=2,
+    captions_judge_scenes=64,
 )
 
 

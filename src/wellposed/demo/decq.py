@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from wellposed.data.bundled import coloured_digits
-from wellposed.data.images import ImageDataset
+from wellposed.data.images import ImageDataset, StoredPixels
 from wellposed.data.pictures import save_image_grid
 from wellposed.decq.interpret import attention_maps
 from wellposed.demo.settings import DemoSettings
@@ -53,7 +53,7 @@ def _recipe(settings: DemoSettings) -> LatentRecipe:
     first, second = recipe.reconstruction, recipe.generation
     return replace(
         recipe,
-        dataset=partial(_digits, copies=settings.detail_copies),
+        dataset=partial(_digits, copies=settings.detail_copies, count=settings.detail_images),
         reconstruction=replace(
             first,
             training=_briefer(first.training, settings.detail_steps),
@@ -64,8 +64,10 @@ def _recipe(settings: DemoSettings) -> LatentRecipe:
     )
 
 
-def _digits(folder: Path, *, copies: int) -> ImageDataset:
-    return coloured_digits(split="train", copies=copies)
+def _digits(folder: Path, *, copies: int, count: int | None) -> ImageDataset:
+    every = coloured_digits(split="train", copies=copies)
+    assert isinstance(every.source, StoredPixels) and every.labels is not None
+    return replace(every, source=StoredPixels(pixels=every.source.pixels[:count]), labels=every.labels[:count])
 
 
 def _briefer(training: TrainingSettings, steps: int) -> TrainingSettings:
@@ -90,7 +92,11 @@ def frozen_encoder(stages: Stages, settings: DemoSettings, *, device: str) -> nn
         tiny_encoder(where, images, steps=settings.detail_encoder_steps, seed=stages.seed, device=device)
         return {}
 
-    chosen = {"copies": settings.detail_copies, "steps": settings.detail_encoder_steps}
+    chosen = {
+        "copies": settings.detail_copies,
+        "images": settings.detail_images,
+        "steps": settings.detail_encoder_steps,
+    }
     stages.run("encoder", "Training a small encoder without colour", chosen, train)
     return tiny_encoder(folder, images, steps=settings.detail_encoder_steps, seed=stages.seed, device=device)
 
@@ -115,6 +121,7 @@ def detail_study(stages: Stages, settings: DemoSettings, encoder: nn.Module, *, 
             seeds=(stages.seed,),
             device=device,
             block_sizes=BLOCK_SIZES,
+            count=settings.detail_images,
             on_outcome=keep,
         )
         autoencoder = stage_one(arms[1], encoder, _autoencoders(stages), seed=stages.seed, device=device).model
@@ -148,6 +155,7 @@ def detail_generation_study(
             encoder,
             _autoencoders(stages),
             real,
+            generators=folder,
             seeds=(stages.seed,),
             every=max(1, settings.detail_generation_steps // settings.detail_measurements),
             count=settings.detail_samples,
@@ -188,12 +196,14 @@ def _save_maps(image: Tensor, maps: Tensor, path: Path) -> None:
 
 
 def _autoencoders(stages: Stages) -> Path:
-    return stages.folder / "autoencoders"
+    """In the folder of the stage that trains them; the next one builds on them."""
+    return stages.folder / "detail" / "autoencoders"
 
 
 def _chosen(settings: DemoSettings) -> dict[str, Any]:
     return {
         "copies": settings.detail_copies,
+        "images": settings.detail_images,
         "encoder_steps": settings.detail_encoder_steps,
         "steps": settings.detail_steps,
     }

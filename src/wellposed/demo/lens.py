@@ -15,7 +15,7 @@ from wellposed.demo.settings import DemoSettings
 from wellposed.demo.stages import Stages
 from wellposed.lens.objectives import loss_by_group
 from wellposed.recipes.device import resolved_device
-from wellposed.recipes.lens import lens_tiny, tiny_autoencoder, tiny_corpus
+from wellposed.recipes.lens import lens_tiny, tiny_autoencoder, tiny_corpus, tiny_judge
 from wellposed.recipes.recipe import TrainingSettings
 from wellposed.recipes.t2i_draw import draw_prompts, load_lens
 from wellposed.recipes.t2i_recipe import TextToImageRecipe
@@ -44,7 +44,12 @@ def captions_recipe(settings: DemoSettings) -> TextToImageRecipe:
             recipe.autoencoder, get=partial(tiny_autoencoder, steps=settings.captions_autoencoder_steps)
         ),
         stages=stages,
-        evaluation=replace(recipe.evaluation, num_samples=settings.captions_samples, guidance_scales=SHOWN_SCALES),
+        evaluation=replace(
+            recipe.evaluation,
+            judge=partial(tiny_judge, steps=settings.captions_judge_steps, num_scenes=settings.captions_judge_scenes),
+            num_samples=settings.captions_samples,
+            guidance_scales=SHOWN_SCALES,
+        ),
     )
 
 

@@ -106,8 +106,11 @@ def network_study(stages: Stages, settings: DemoSettings, *, device: str) -> dic
 
     def train_network(folder: Path) -> dict[str, Any]:
         recipe = lgs_tiny()
-        half = max(1, settings.training_steps // 2)
-        recipe = replace(recipe, training=replace(recipe.training, checkpoint_every=half))
+        recipe = replace(
+            recipe,
+            training=replace(recipe.training, checkpoint_every=settings.training_steps),
+            sampling=replace(recipe.sampling, num_inference_steps=4),
+        )
         trained = recipe.train(folder, steps=settings.training_steps, seed=stages.seed, device=device, resume=True)
         return dict(trained.metrics)
 
@@ -118,7 +121,7 @@ def network_study(stages: Stages, settings: DemoSettings, *, device: str) -> dic
     def compute(folder: Path) -> dict[str, Any]:
         train = digits(8, split="train")
         images = train.batch(range(len(train))).images.to(where)
-        extractor = digit_features(folder / "features", device=device)
+        extractor = digit_features(folder / "features", steps=settings.judge_steps, device=device)
         reference = feature_statistics(unit_images(images), extractor)
         features = torch.cat(list(extractor.batches(unit_images(images))))
         floor = frechet_floor(
@@ -135,7 +138,7 @@ def network_study(stages: Stages, settings: DemoSettings, *, device: str) -> dic
             )
 
         outcomes = compare(
-            _contenders(denoiser, images, heads, stages.seed),
+            _contenders(denoiser, images[: settings.analytic_images], heads, stages.seed),
             denoiser=denoiser,
             shape=(1, 8, 8),
             step_counts=settings.step_counts,
@@ -158,6 +161,8 @@ def network_study(stages: Stages, settings: DemoSettings, *, device: str) -> dic
         "head_steps": settings.head_steps,
         "step_counts": settings.step_counts,
         "num_samples": settings.num_samples,
+        "judge_steps": settings.judge_steps,
+        "analytic_images": settings.analytic_images,
     }
     return dict(stages.run("covariances", "Sampling with every covariance", chosen, compute).metrics)
 
@@ -181,7 +186,8 @@ def guidance_study(stages: Stages, settings: DemoSettings, *, device: str) -> di
         classifier = train_noisy_classifier(
             folder / "classifier", denoiser.path, steps=settings.classifier_steps, seed=stages.seed, device=device
         )
-        extractor = digit_features(stages.folder / "covariances" / "features", device=device)
+        features = stages.folder / "covariances" / "features"
+        extractor = digit_features(features, steps=settings.judge_steps, device=device)
         images = guided_digits_study(
             denoiser,
             classifier,
@@ -225,6 +231,7 @@ def guidance_study(stages: Stages, settings: DemoSettings, *, device: str) -> di
         "samples": settings.guidance_samples,
         "digits": settings.guided_digits,
         "classifier_steps": settings.classifier_steps,
+        "judge_steps": settings.judge_steps,
     }
     return dict(stages.run("guidance", "Classifier guidance", chosen, compute).metrics)
 
@@ -262,7 +269,7 @@ def _contenders(denoiser: NetworkDenoiser, images: Tensor, heads: Sequence[Any],
     amortized = lanczos_contender("lgs_amortized", denoiser, LanczosSettings(num_lanczos_steps=1, amortize=2))
     return [
         *fixed_contenders(denoiser),
-        analytic_contender(denoiser, images[:512], seed=seed),
+        analytic_contender(denoiser, images, seed=seed),
         *(head_contender(denoiser, head) for head in heads),
         *lanczos,
         adaptive,

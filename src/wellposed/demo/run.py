@@ -35,7 +35,8 @@ def run_demo(
     """Trains, samples, measures, and writes ``out/index.html``.
 
     A second run reuses the stages that are finished, and an interrupted one goes on from the last of them (training
-    from its last checkpoint).
+    from its last checkpoint). Stages that depend on a setting, a seed or a version that is another now start afresh;
+    what they had left is removed.
 
     Args:
         out: folder of the run.
@@ -49,7 +50,8 @@ def run_demo(
         The page.
 
     Raises:
-        ValueError: ``resume`` is False and there is a demo in ``out``.
+        ValueError: ``resume`` is False and there is a demo in ``out``; or ``out`` has folders of others by the names of
+            stages.
     """
     out = Path(out)
     if not resume and (out / "path_kl").exists():

@@ -14,6 +14,8 @@ class DemoSettings:
         head_steps: of each covariance head (NPR, SN, OCM).
         step_counts: numbers T of reverse steps on the trained network.
         num_samples: images for each Frechet distance.
+        judge_steps: training steps of the classifier whose features that compares.
+        analytic_images: real images for the variances of Analytic-DPM.
         path_kl_steps: numbers T for the exact path KL.
         max_products: largest m in the study of the Lanczos draw.
         guidance_steps: numbers T of guided sampling.
@@ -27,6 +29,7 @@ class DemoSettings:
         text_temperatures: at which they are sampled.
         text_evaluations: network evaluations of a text.
         text_samples: texts for each generative perplexity.
+        text_validation: texts for each bound.
         reduction_training_steps: of the transformer whose tokens are reduced.
         reduction_steps: of its sampling.
         reduction_images: drawn with each way to sample.
@@ -34,8 +37,10 @@ class DemoSettings:
         reduction_shorter: numbers of steps to compare with.
         reduction_cache_thresholds: of FirstBlockCache.
         reduction_extrapolated: TaylorSeer computes one step in so many.
+        reduction_repeats: how often each way to sample is timed.
         reduction_penalties: coefficients of the frequency penalty.
         detail_copies: of each digit, in other colours.
+        detail_images: images to train on and to reconstruct, None for all.
         detail_encoder_steps: training steps of the small frozen encoder.
         detail_steps: of each autoencoder over it.
         detail_generation_steps: of each generator on its latents.
@@ -48,12 +53,16 @@ class DemoSettings:
         captions_steps: of the text-to-image network at one resolution.
         captions_mixed_steps: of the same at several.
         captions_samples: pictures of each kind that are scored.
+        captions_judge_steps: training steps of the classifier that scores them.
+        captions_judge_scenes: scenes that it is trained on.
     """
 
     training_steps: int = 1000
     head_steps: int = 150
     step_counts: tuple[int, ...] = (4, 8, 16, 32)
     num_samples: int = 360
+    judge_steps: int = 300
+    analytic_images: int = 512
     path_kl_steps: tuple[int, ...] = (4, 8, 16, 32, 64, 128, 256)
     max_products: int = 6
     guidance_steps: tuple[int, ...] = (10, 25)
@@ -67,6 +76,7 @@ class DemoSettings:
     text_temperatures: tuple[float, ...] = (0.8, 0.9, 1.0)
     text_evaluations: int = 16
     text_samples: int = 64
+    text_validation: int = 512
     reduction_training_steps: int = 200
     reduction_steps: int = 20
     reduction_images: int = 6
@@ -74,9 +84,11 @@ class DemoSettings:
     reduction_shorter: tuple[int, ...] = (16, 13, 10)
     reduction_cache_thresholds: tuple[float, ...] = (0.1, 0.2)
     reduction_extrapolated: tuple[int, ...] = (2, 3)
+    reduction_repeats: int = 3
     reduction_penalties: tuple[float, ...] = (0.0, 0.02, 0.05, 0.1, 0.3)
     penalised_ratios: tuple[float, ...] = (0.25, 0.5, 0.75)
     detail_copies: int = 2
+    detail_images: int | None = None
     detail_encoder_steps: int = 200
     detail_steps: int = 250
     detail_generation_steps: int = 200
@@ -88,3 +100,5 @@ class DemoSettings:
     captions_steps: int = 1000
     captions_mixed_steps: int = 300
     captions_samples: int = 100
+    captions_judge_steps: int = 400
+    captions_judge_scenes: int = 6000

@@ -1,12 +1,15 @@
 """Stages of a long run: each is computed once and read again from its record."""
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, is_dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from wellposed import __version__
+from wellposed.recipes.run_folder import write_json
 from wellposed.report.record import Record, new_record, read_record, write_record
 
 __all__ = ["Stages"]
@@ -18,8 +21,10 @@ class Stages:
     """Runs stages in a folder and reuses those that are finished.
 
     A stage is finished if its record is there, was made with the same settings and seed, and by the same version of the
-    library. Its record is written last and atomically, so that an interrupted stage starts again and the ones before it
-    do not.
+    library. Its record is written last and atomically, so that an interrupted stage goes on with what it left in its
+    folder, and the ones before it do not start again. ``stages/name.json`` says what that was begun with: if settings,
+    seed or version are others now, the stage's folder is cleared. So the settings of a stage hold those of the stages
+    that it builds on, too.
 
     Args:
         folder: of the whole run; stage ``name`` has ``folder/name`` for its files.
@@ -41,13 +46,17 @@ class Stages:
             title: what it does, for the reader.
             settings: everything the result depends on, as a dict or dataclass of plain values.
             compute: returns the metrics; may write files into the folder.
+
+        Raises:
+            ValueError: the folder holds files that no stage has left there.
         """
         where = self.folder / name
         plain = _plain(settings)
-        record = self._finished(where / "record.json", plain)
+        begun = {"settings": plain, "seed": self.seed, "wellposed": __version__}
+        record = _finished(where / "record.json", begun)
         if record is None:
+            self._begin(where, begun)
             self.announce(f"{title} ...")
-            where.mkdir(parents=True, exist_ok=True)
             started = datetime.now(UTC)
             metrics = compute(where)
             record = new_record(name, "demo", settings=plain, metrics=metrics, seed=self.seed, started=started)
@@ -58,17 +67,29 @@ class Stages:
         self.records.append(record)
         return record
 
-    def _finished(self, path: Path, settings: Metrics) -> Record | None:
-        from wellposed import __version__
+    def _begin(self, where: Path, begun: Metrics) -> None:
+        """A folder for the stage that holds nothing of other settings."""
+        note = self.folder / "stages" / f"{where.name}.json"
+        left = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else None
+        if left != begun and where.is_dir() and any(where.iterdir()):
+            if left is None:
+                raise ValueError(f"{where} holds files that no stage of a demo has left there; choose another --out")
+            shutil.rmtree(where)
+        where.mkdir(parents=True, exist_ok=True)
+        # When the old files are gone and before there are new ones, so that it never speaks of others.
+        write_json(note, begun)
 
-        if not path.is_file():
-            return None
-        try:
-            record = read_record(path)
-        except ValueError:
-            return None
-        same = record.seed == self.seed and _plain(record.settings) == settings
-        return record if same and record.versions.get("wellposed") == __version__ else None
+
+def _finished(path: Path, begun: Metrics) -> Record | None:
+    if not path.is_file():
+        return None
+    try:
+        record = read_record(path)
+    except ValueError:
+        return None
+    version = record.versions.get("wellposed")
+    same = {"settings": _plain(record.settings), "seed": record.seed, "wellposed": version} == begun
+    return record if same else None
 
 
 def _plain(settings: Any) -> dict[str, Any]:

@@ -157,7 +157,7 @@ def text_study(stages: Stages, settings: DemoSettings, *, device: str) -> dict[s
     held_out = stages.run(
         "text",
         "Training four language models on Python's source",
-        {"steps": steps, "files": settings.text_files},
+        {"steps": steps, "files": settings.text_files, "validation": settings.text_validation},
         train,
     ).metrics
 
@@ -211,7 +211,7 @@ def _demo_recipe(settings: DemoSettings) -> TextRecipe:
         network=replace(base.network, num_layers=2, given_embedding=False),
         training=replace(base.training, batch_size=32, ema_decay=0.98),
         sampling=replace(base.sampling, batch_size=128),
-        evaluation=replace(base.evaluation, num_samples=settings.text_samples, num_validation=512),
+        evaluation=replace(base.evaluation, num_samples=settings.text_samples, num_validation=settings.text_validation),
     )
 
 
