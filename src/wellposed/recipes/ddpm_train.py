@@ -23,7 +23,7 @@ from wellposed.recipes.optimize import (
     training_config,
 )
 from wellposed.recipes.recipe import TrainedRun
-from wellposed.recipes.run_folder import RunFolder, is_main_process, resolved_settings, start_run, write_json
+from wellposed.recipes.run_folder import RunFolder, keep_settings, resolved_settings, start_run
 from wellposed.training import Callback, PlannedBatches, Run, denoising_objective, train
 from wellposed.training.export import replaced_folder
 
@@ -73,8 +73,8 @@ def _take_published(
         network=component_config(network),
         scheduler=component_config(recipe.scheduler()),
     )
+    keep_settings(run, settings)
     _export(network, recipe, run)
-    write_json(run.settings_file, settings)
     return TrainedRun(folder=run.path, settings=settings, metrics={})
 
 
@@ -94,8 +94,7 @@ def _train(
         network=component_config(network),
         scheduler=component_config(recipe.scheduler()),
     )
-    if is_main_process():
-        write_json(run.settings_file, settings)
+    keep_settings(run, settings)
     result = train(
         player(PLAYER, network, denoising_objective(from_scheduler(recipe.scheduler())), recipe.training),
         PlannedBatches(dataset=images, batch_size=recipe.training.batch_size, seed=seed, incomplete="wrap"),

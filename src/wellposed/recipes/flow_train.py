@@ -17,7 +17,7 @@ from wellposed.recipes.flow_draw import FlowSampler, ImagesAsTokens, draw_images
 from wellposed.recipes.flow_recipe import FlowRecipe
 from wellposed.recipes.optimize import averaged_network, component_config, player, seeded_network, training_config
 from wellposed.recipes.recipe import TrainedRun
-from wellposed.recipes.run_folder import RunFolder, is_main_process, resolved_settings, start_run, write_json
+from wellposed.recipes.run_folder import RunFolder, keep_settings, resolved_settings, start_run
 from wellposed.training import Callback, PlannedBatches, Run, StepContext, denoising_objective, train
 from wellposed.training.export import replaced_folder
 
@@ -59,8 +59,7 @@ def train_flow(
         network=component_config(network),
         scheduler=component_config(FlowMatchEulerDiscreteScheduler()),
     )
-    if is_main_process():
-        write_json(run.settings_file, settings)
+    keep_settings(run, settings)
     result = train(
         player(PLAYER, network, _flow_matching, recipe.training),
         PlannedBatches(dataset=images, batch_size=recipe.training.batch_size, seed=seed, incomplete="wrap"),

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from wellposed.recipes.decq import decq_imagenet256, decq_imagenet256_guided, decq_tiny
 from wellposed.recipes.dito import dito_photographs, dito_tiny
-from wellposed.recipes.latent_recipe import LatentRecipe
 from wellposed.recipes.lens import lens_paper, lens_tiny, lens_toy
 from wellposed.recipes.lens_finetune import lens_full, lens_lora
 from wellposed.recipes.lgs import lgs_celeba64, lgs_cifar10, lgs_cifar10_cosine, lgs_imagenet64, lgs_tiny
@@ -42,11 +41,10 @@ def recipe_named(name: str) -> Recipe:
 
 
 def recipe_of(run: str | Path) -> Recipe:
-    """The recipe that the run in a folder says it is of; of latent ones, with the sampling that is recorded there.
+    """The recipe that the run in a folder says it is of, with the sampling that is recorded there.
 
     Raises:
         ValueError: no run there, one without an exported pipeline, or of a recipe that is not listed.
     """
     settings = open_run(run).settings()
-    recipe = recipe_named(settings["recipe"])
-    return recipe.sampled_as(settings) if isinstance(recipe, LatentRecipe) else recipe
+    return recipe_named(settings["recipe"]).sampled_as(settings)

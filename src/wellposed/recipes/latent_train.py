@@ -22,7 +22,7 @@ from wellposed.recipes.latent_stages import (
     latent_stage,
 )
 from wellposed.recipes.recipe import TrainedRun
-from wellposed.recipes.run_folder import check_same_steps, is_main_process, resolved_settings, start_run, write_json
+from wellposed.recipes.run_folder import check_same_steps, keep_settings, note_parts, resolved_settings, start_run
 from wellposed.recipes.stages import StageOptions
 from wellposed.training.distributed import worker_group
 
@@ -54,14 +54,14 @@ def train_latent(
     check_same_steps(run, steps)
     dataset = {"name": images.name, "images": len(images), "fingerprint": images.fingerprint()}
     settings = resolved_settings(recipe, seed=seed, steps=steps, device=device, dataset=dataset)
-    if is_main_process():
-        write_json(run.settings_file, settings)
+    keep_settings(run, settings)
     options = StageOptions(seed=seed, device=device, steps=steps, progress=progress)
     with worker_group(device):  # one group for all stages
         encoder = encoder_stage(recipe, run.path / "encoder", options)
         first = autoencoder_stage(recipe, encoder, images, run.path / "autoencoder", options)
         latents = latent_stage(recipe, first.model, images, run.path / "latents", options)
         guide = guide_stage(recipe, first.model, latents, run.path / "guide", options)
+        note_parts(run, ("encoder", "autoencoder", "guide"))
         second = generator_stage(
             recipe,
             first.model,

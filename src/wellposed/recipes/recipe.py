@@ -3,7 +3,7 @@
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -153,7 +153,7 @@ class ScoreTable:
         rows: cells as text.
         caption: what all rows have in common: how they were scored.
         metrics: the numbers by the names under which they are recorded.
-        cards: for each number, what it depends on.
+        cards: for a number each, what it depends on, after its name and a colon.
     """
 
     columns: tuple[str, ...]
@@ -188,6 +188,7 @@ class Recipe(ABC):
         summary: what it does, in a line.
         paper: arXiv id.
         expected: the figure to expect, and whose it is.
+        sampling: how samples are drawn, plain values of the kind's own.
         folder: where the files lie that the user has to get.
     """
 
@@ -195,6 +196,7 @@ class Recipe(ABC):
     summary: str
     paper: str
     expected: str
+    sampling: Any
     folder: Path = field(default_factory=data_folder)
 
     @property
@@ -209,6 +211,16 @@ class Recipe(ABC):
     @abstractmethod
     def settings(self) -> dict[str, Any]:
         """The kind's settings that are plain values, as they are kept in ``recipe.json``."""
+
+    def sampled_as(self, settings: Mapping[str, Any]) -> "Recipe":
+        """With the sampling that a run's :meth:`settings` record: its guidance, say, may be another than the recipe's.
+
+        What they do not record, or no longer has a meaning, is the recipe's.
+        """
+        recorded: Mapping[str, Any] = settings.get("sampling", {})
+        held = {one.name: recorded[one.name] for one in fields(self.sampling) if one.name in recorded}
+        chosen = {name: tuple(value) if isinstance(value, list) else value for name, value in held.items()}  # of JSON
+        return replace(self, sampling=replace(self.sampling, **chosen))
 
     @property
     @abstractmethod

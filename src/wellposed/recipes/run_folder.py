@@ -4,6 +4,9 @@
 ``recipe.json``        the resolved settings; written first, so that a folder with it is a run
 ``metrics.jsonl``      what training measured along the way
 ``usage.json``         what training used: time on devices, samples, model FLOPs
+``stages.json``        folders of the stages, each with its own account, where there are several
+``parts.json``         folders of what was trained on the way, such as an autoencoder, each with its own account
+``callbacks.json``     the last checkpoint whose pipeline and samples are complete
 ``validation.jsonl``   what was measured on held-out data at checkpoints, for text
 ``tokenizer/``         for text: the tokenizer, made once, before the first step
 ``checkpoints/``       what training resumes from
@@ -17,7 +20,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +32,8 @@ __all__ = [
     "RunFolder",
     "check_same_steps",
     "is_main_process",
+    "keep_settings",
+    "note_parts",
     "open_run",
     "resolved_settings",
     "start_run",
@@ -137,6 +142,58 @@ def start_run(path: str | Path, recipe: Recipe, *, resume: bool) -> RunFolder:
         raise ValueError(f"{run.path} holds other files and no run; choose another --out")
     run.path.mkdir(parents=True, exist_ok=True)
     return run
+
+
+def keep_settings(run: RunFolder, settings: Mapping[str, Any]) -> None:
+    """Write ``recipe.json``, or bring that of a run which is gone on with up to date; the main process does.
+
+    What is settled later in the run than these settings stays as it was.
+
+    Raises:
+        ValueError: the run was begun with another seed, other data or another network, or has more steps behind it than
+            it is to have; its record is left alone.
+    """
+    if not is_main_process():
+        return
+    held = run.settings() if run.settings_file.is_file() else {}
+    differences = list(_differences("", _settled(held), _settled(json.loads(json.dumps(settings, default=str)))))
+    if differences:
+        raise ValueError(
+            f"{run.path} belongs to another run: {'; '.join(differences)}; give the same to go on with it, or choose "
+            "another --out"
+        )
+    steps, done = settings.get("steps"), _steps_done(run)
+    if steps is not None and done > steps:
+        raise ValueError(f"{run.path} has {done} steps behind it; give no fewer --steps, or choose another --out")
+    write_json(run.settings_file, {**held, **settings})
+
+
+def _settled(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run has once and for all, because its checkpoints fit nothing else."""
+    parts = {name: settings.get(name) for name in ("seed", "weights", "network", "architecture")}
+    data, training = settings.get("dataset") or {}, settings.get("training") or {}
+    return {**parts, "dataset": data.get("fingerprint"), "batch_size": training.get("batch_size")}
+
+
+def _differences(name: str, held: Any, given: Any) -> Iterator[str]:
+    """Of settings that both have: some are known only later, and a newer diffusers' networks have more of them."""
+    if isinstance(held, Mapping) and isinstance(given, Mapping):
+        for part in (part for part in held if part in given):
+            yield from _differences(f"{name} {part}".strip(), held[part], given[part])
+    elif held != given and None not in (held, given):
+        yield f"{name} {held}, now {given}"
+
+
+def _steps_done(run: RunFolder) -> int:
+    checkpoints = (run.path / "checkpoints").glob("step_*")
+    return max((int(path.name.removeprefix("step_")) for path in checkpoints), default=0)
+
+
+def note_parts(run: RunFolder, names: Sequence[str]) -> None:
+    """Write down which of these folders hold something that was trained on the way, for the account of the run."""
+    found = [name for name in names if (run.path / name / "usage.json").is_file()]
+    if found and is_main_process():
+        write_json(run.path / "parts.json", found)
 
 
 def check_same_steps(run: RunFolder, steps: int | None) -> None:

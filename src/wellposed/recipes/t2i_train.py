@@ -22,7 +22,15 @@ from wellposed.lens.captioning import PUBLISHED_MEAN_WORDS, USUAL_WORDS
 from wellposed.recipes.device import resolved_device
 from wellposed.recipes.optimize import component_config
 from wellposed.recipes.recipe import TrainedRun
-from wellposed.recipes.run_folder import check_same_steps, is_main_process, resolved_settings, start_run, write_json
+from wellposed.recipes.run_folder import (
+    check_same_steps,
+    is_main_process,
+    keep_settings,
+    note_parts,
+    resolved_settings,
+    start_run,
+    write_json,
+)
 from wellposed.recipes.stages import StageOptions
 from wellposed.recipes.t2i_recipe import TextToImageRecipe
 from wellposed.recipes.t2i_stages import Parts, first_on_main, pretraining_stage, shown_captions
@@ -58,17 +66,16 @@ def train_t2i(
     options = StageOptions(seed=seed, device=device, steps=steps, progress=progress)
     check_same_steps(run, steps)
     settings: dict[str, Any] = resolved_settings(recipe, seed=seed, steps=steps, device=device)
-    if is_main_process():
-        write_json(run.settings_file, settings)
-        # Where the account of the whole run finds its parts.
+    keep_settings(run, settings)
+    if is_main_process():  # where the account of the whole run finds its stages
         write_json(run.path / "stages.json", [*(stage.name for stage in recipe.stages[:-1]), "."])
     with worker_group(device):  # one group for all stages
         corpus = first_on_main(recipe.corpus, run.path / "corpus", recipe.folder, recipe, options)
         settings |= {"shown_captions": shown_captions(recipe, corpus), "dataset": _about(corpus)}
-        if is_main_process():
-            write_json(run.settings_file, settings)  # whoever samples before the end finds them
+        keep_settings(run, settings)  # whoever samples before the end finds them
         autoencoder = recipe.autoencoder.get(run.path / "autoencoder", recipe.folder, corpus, seed, device)
         text_encoder = first_on_main(recipe.text_encoder, run.path / "text_encoder", recipe.folder, corpus, options)
+        note_parts(run, ("autoencoder", "text_encoder"))
         parts = Parts(corpus=corpus, autoencoder=autoencoder, text_encoder=text_encoder)
         before, metrics = None, {}
         for place, stage in enumerate(recipe.stages):
@@ -89,8 +96,7 @@ def train_t2i(
             settings["network"] = trained.network
             metrics |= {f"{stage.name}/{name}": value for name, value in trained.metrics.items()}
     settings["vae"] = component_config(autoencoder)
-    if is_main_process():
-        write_json(run.settings_file, settings)
+    keep_settings(run, settings)
     return TrainedRun(folder=run.path, settings=settings, metrics=metrics)
 
 

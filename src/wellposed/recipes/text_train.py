@@ -14,7 +14,7 @@ from wellposed.data.tokenizers import pretrained_tokenizer
 from wellposed.recipes.device import resolved_device
 from wellposed.recipes.optimize import averaged_network, component_config, player, seeded_network, training_config
 from wellposed.recipes.recipe import TrainedRun
-from wellposed.recipes.run_folder import RunFolder, is_main_process, resolved_settings, start_run, write_json
+from wellposed.recipes.run_folder import RunFolder, is_main_process, keep_settings, resolved_settings, start_run
 from wellposed.recipes.text_draw import build_network, draw_texts, scheduler_of, token_model
 from wellposed.recipes.text_recipe import TextRecipe, TextSets
 from wellposed.recipes.text_sample import canvas_for, together, written
@@ -76,8 +76,8 @@ def train_texts(
         parameters=sum(weights.numel() for weights in network.parameters()),
         architecture=component_config(network),
     )
+    keep_settings(run, settings)
     if is_main_process():
-        write_json(run.settings_file, settings)
         _keep_tokenizer(run, sets)
     objective = token_objective(
         kernel_named(recipe.kernel, vocab_size),
