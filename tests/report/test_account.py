@@ -250,6 +250,25 @@ def test_a_run_in_stages_is_their_sum(tmp_path):
     assert (setting.model_flops, setting.caption_words) == (None, None)
 
 
+def test_what_a_run_trained_on_the_way_costs_and_is_told_nothing(tmp_path):
+    folder = make_run(tmp_path / "run", usage(samples=100), stages=["low", "."], parts=["autoencoder"])
+    make_run(folder / "low", usage())
+    make_run(folder / "autoencoder", usage(samples=10**6, counters={}, device="H100", repeated_steps=3))
+    (folder / "autoencoder" / "metrics.jsonl").write_text('{"step": 1, "autoencoder/loss": 1.0, "samples": 50}\n')
+    (folder / "metrics.jsonl").write_text('{"step": 1, "net/loss": 1.0, "samples": 50}\n')
+    make_run(folder / "judge")
+    setting = read_setting(folder, "run")
+    assert (setting.device, setting.device_hours) == ("4 x H100, 4 x A100", 3.0)
+    assert (setting.peak_flop, setting.model_flops) == (3 * 3600 * 312e12, 3e17)
+    assert (setting.samples, setting.caption_words) == (500, 16_000)
+    assert setting.history == {"net/loss": [(450, 1.0)], "loss": [(450, 1.0)]}
+    assert setting.notes == (
+        "in its time and FLOPs, not in its samples: autoencoder",
+        "not in it: judge",
+        "3 steps were done again after a crash; their time is in it twice",
+    )
+
+
 def test_losses_of_a_run_are_its_history(tmp_path):
     """In stages, one after the other by the samples seen; what is measured besides is in the same history."""
     folder = make_run(
@@ -290,6 +309,8 @@ def test_what_is_special_about_a_run_is_noted():
         ({"history": '{"accuracy": [[2, 0.1], [1, 0.2]]}'}, "samples of 'accuracy' do not rise"),
         ({"stages": "{"}, r"stages\.json is not JSON"),
         ({"stages": "[]"}, r"stages\.json holds \[\]; write a list of folders"),
+        ({"parts": "[1]"}, r"parts\.json holds \[1\]; write a list of folders"),
+        ({"parts": '["vae"]'}, r"vae has no usage\.json; name the folder of a run that has been trained"),
         ({"stages": '["high"]'}, r"high has no usage\.json; name the folder of a run that has been trained"),
     ],
 )

@@ -28,6 +28,7 @@ from wellposed.training.usage import USAGE_FILE, Usage, read_usage
 __all__ = [
     "HISTORY_FILE",
     "LENS",
+    "PARTS_FILE",
     "PUBLISHED",
     "STAGES_FILE",
     "Z_IMAGE",
@@ -49,6 +50,9 @@ HISTORY_FILE = "history.json"
 
 STAGES_FILE = "stages.json"
 """Folders of the stages whose sum is a run, as ``["low", "."]``, where they are more than its own folder."""
+
+PARTS_FILE = "parts.json"
+"""Folders of what a run trained on the way, as ``["autoencoder"]``: they cost what they cost, and see other samples."""
 
 LOSS = "loss"
 
@@ -344,25 +348,30 @@ def _ratio_table(comparison: Comparison) -> AccountTable:
 def read_setting(folder: Path, name: str) -> Setting:
     """What the run in a folder used, its scores, and the history of scores and losses.
 
-    A run in stages lists their folders in :data:`STAGES_FILE`, and their sum is the run's. Its losses go by their names
-    in the metrics, and without the player's where there is one alone; a running mean over a fiftieth of the lines.
+    A run in stages lists their folders in :data:`STAGES_FILE`, and their sum is the run's. What is in
+    :data:`PARTS_FILE` counts in its time and its FLOPs; samples, words and losses are those of the stages. Losses go by
+    their names in the metrics, and without the player's where there is one alone; a running mean over a fiftieth of the
+    lines.
 
     Raises:
         ValueError: no such folder, no account in it, or a damaged file.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is neither the folder of a run nor a published setting ({', '.join(PUBLISHED)})")
-    stages = [folder / stage / USAGE_FILE for stage in _read_stages(folder / STAGES_FILE)]
-    for stage in stages:
-        if not stage.is_file():
-            raise ValueError(f"{stage.parent} has no {USAGE_FILE}; name the folder of a run that has been trained")
+    stages = _accounts(folder, _read_folders(folder / STAGES_FILE, otherwise=["."]))
+    parts = _accounts(folder, _read_folders(folder / PARTS_FILE, otherwise=[]))
     usages = [read_usage(stage) for stage in stages]
-    others = sorted(set(folder.glob(f"*/{USAGE_FILE}")) - set(stages))
-    notes = [f"not in it: {', '.join(path.parent.name for path in others)}"] if others else []
+    others = sorted(set(folder.glob(f"*/{USAGE_FILE}")) - {*stages, *parts})
+    notes = [
+        f"{what}: {', '.join(path.parent.name for path in paths)}"
+        for what, paths in (("in its time and FLOPs, not in its samples", parts), ("not in it", others))
+        if paths
+    ]
     record = folder / RECORD_FILE
     return setting_of(
         usages,
         name,
+        parts=[read_usage(part) for part in parts],
         history={
             **_losses([stage.parent / METRICS_FILE for stage in stages], usages),
             **_read_history(folder / HISTORY_FILE),
@@ -372,27 +381,36 @@ def read_setting(folder: Path, name: str) -> Setting:
     )
 
 
-def _read_stages(path: Path) -> list[str]:
+def _accounts(folder: Path, names: Sequence[str]) -> list[Path]:
+    paths = [folder / name / USAGE_FILE for name in names]
+    for path in paths:
+        if not path.is_file():
+            raise ValueError(f"{path.parent} has no {USAGE_FILE}; name the folder of a run that has been trained")
+    return paths
+
+
+def _read_folders(path: Path, *, otherwise: list[str]) -> list[str]:
     if not path.is_file():
-        return ["."]
+        return otherwise
     try:
-        stages = json.loads(path.read_text(encoding="utf-8"))
+        folders = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}); remove or mend it") from error
-    if not isinstance(stages, list) or not stages or not all(isinstance(s, str) for s in cast("list[Any]", stages)):
-        raise ValueError(f'{path} holds {stages!r}; write a list of folders: ["low", "."]')
-    return cast("list[str]", stages)
+    if not isinstance(folders, list) or not folders or not all(isinstance(s, str) for s in cast("list[Any]", folders)):
+        raise ValueError(f'{path} holds {folders!r}; write a list of folders: ["low", "."]')
+    return cast("list[str]", folders)
 
 
 def setting_of(
     usages: Sequence[Usage],
     name: str,
     *,
+    parts: Sequence[Usage] = (),
     history: History | None = None,
     scores: Mapping[str, float | int] | None = None,
     notes: Sequence[str] = (),
 ) -> Setting:
-    """The setting of a run from what its stages used.
+    """The setting of a run from what its stages used, and the parts that it trained on the way.
 
     Raises:
         ValueError: no stages, or nothing was done in them.
@@ -400,9 +418,10 @@ def setting_of(
     if not usages:
         raise ValueError(f"{name} has no stages; give what at least one used")
     said = list(notes)
-    if any(usage.peak_source == "measured" for usage in usages):
+    trained = (*parts, *usages)
+    if any(usage.peak_source == "measured" for usage in trained):
         said.append("the peak is that of a short matrix product on its device: measured, not nominal")
-    repeated = sum(usage.repeated_steps for usage in usages)
+    repeated = sum(usage.repeated_steps for usage in trained)
     if repeated:
         said.append(f"{repeated} steps were done again after a crash; their time is in it twice")
     # What one stage does not count is unknown of their sum.
@@ -412,11 +431,11 @@ def setting_of(
     counters = {name: amount for name, amount in counted.items() if amount is not None}
     return Setting(
         name=name,
-        device=", ".join(dict.fromkeys(f"{usage.devices} x {usage.device}" for usage in usages)),
-        device_hours=sum(usage.device_hours for usage in usages),
-        peak_flop=sum(usage.peak_flop for usage in usages),
+        device=", ".join(dict.fromkeys(f"{usage.devices} x {usage.device}" for usage in trained)),
+        device_hours=sum(usage.device_hours for usage in trained),
+        peak_flop=sum(usage.peak_flop for usage in trained),
         samples=sum(usage.samples for usage in usages),
-        model_flops=_sum([usage.model_flops for usage in usages]) or None,
+        model_flops=_sum([usage.model_flops for usage in trained]) or None,
         caption_words=counters.pop("caption_words", 0) or None,
         counters=counters,
         # Stages share their captions.
