@@ -353,6 +353,7 @@ def test_a_run_leaves_everything(run: Path) -> None:
     settings = json.loads((run / "recipe.json").read_text())
     assert (settings["seed"], settings["dataset"]["images"]) == (0, COUNT)
     assert (run / "encoder" / "encoder.safetensors").is_file()
+    assert json.loads((run / "parts.json").read_text()) == ["encoder", "autoencoder"]
     for folder in (run / "autoencoder", run):
         assert [line["step"] for line in metrics(folder)] == [1, 2, 3, 4]
     first = metrics(run / "autoencoder")
@@ -644,6 +645,8 @@ def test_both_players_go_on_exactly(run: Path, tmp_path: Path) -> None:
             autoencoder_stage(recipe, encoder, few_images(run), tmp_path, options)
     autoencoder_stage(recipe, encoder, few_images(run), tmp_path, options)
     assert_same_weights(weights_of(tmp_path, "model"), weights_of(run, "autoencoder", "model"))
+    halves, whole = (json.loads((folder / "usage.json").read_text()) for folder in (tmp_path, run / "autoencoder"))
+    assert halves["model_flops"] == whole["model_flops"], "the adversarial term has begun in between"
 
 
 def test_what_a_run_refuses(run: Path, tmp_path: Path) -> None:
@@ -662,11 +665,12 @@ def test_what_a_run_refuses(run: Path, tmp_path: Path) -> None:
 
 
 def begun(out: Path, run: Path, *stages: str) -> Path:
-    """A folder in which these stages of a run are finished."""
+    """A folder in which these stages of a run are finished; of which images, its record does not say."""
     out.mkdir()
     for name in stages:
         (out / name).symlink_to(run / name)
-    (out / "recipe.json").write_bytes((run / "recipe.json").read_bytes())
+    settings = json.loads((run / "recipe.json").read_text())
+    (out / "recipe.json").write_text(json.dumps({**settings, "dataset": None}))
     return out
 
 
