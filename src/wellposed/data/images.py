@@ -6,8 +6,11 @@ memory (:class:`StoredPixels`) or picture files decoded when they are asked for 
 """
 
 import hashlib
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
@@ -162,7 +165,7 @@ class ADMFraming(Framing):
 
 @dataclass(frozen=True, kw_only=True)
 class PictureFiles:
-    """Picture files, decoded when they are read.
+    """Picture files, decoded when they are read, several at a time.
 
     Attributes:
         root: folder that ``names`` are relative to; it may move, so it is no part of the fingerprint.
@@ -179,10 +182,11 @@ class PictureFiles:
 
     def read(self, indices: Int[Tensor, "batch"]) -> Shaped[Tensor, "batch channels height width"]:
         """Pixels at ``indices``, uint8; raises ValueError for a file that is no picture."""
-        upright = self.framing.upright
-        files = [self.root / self.names[i] for i in indices.tolist()]
-        pictures = [self.framing.apply(read_picture(file, upright=upright)) for file in files]
-        return torch.from_numpy(np.stack(pictures))
+        return torch.from_numpy(np.stack(list(_readers().map(self._read, indices.tolist()))))
+
+    def _read(self, index: int) -> np.ndarray:
+        picture = read_picture(self.root / self.names[index], upright=self.framing.upright)
+        return self.framing.apply(picture)
 
     def fingerprint(self) -> str:
         """SHA-256 of framing, names and file sizes."""
@@ -345,6 +349,12 @@ def read_picture(path: str | Path, *, upright: bool = True) -> Image.Image:
         if isinstance(error, FileNotFoundError):
             raise
         raise ValueError(f"{str(path)!r} cannot be read as a picture ({error}); replace or remove the file") from error
+
+
+@cache
+def _readers() -> ThreadPoolExecutor:
+    """Of all sets: Pillow lets other threads run while it decodes and resizes."""
+    return ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="read-pictures")
 
 
 def exif_orientation(picture: Image.Image) -> int:

@@ -40,6 +40,7 @@ from wellposed.training import (
     Objective,
     PlannedBatches,
     Player,
+    Prefetched,
     Run,
     StepContext,
     TrainingResult,
@@ -240,9 +241,11 @@ def _train_stage(
     options: StageOptions,
     callbacks: list[Callback],
 ) -> TrainingResult:
+    planned = PlannedBatches(dataset=dataset, batch_size=training.batch_size, seed=options.seed, incomplete="wrap")
     return train(
         players,
-        PlannedBatches(dataset=dataset, batch_size=training.batch_size, seed=options.seed, incomplete="wrap"),
+        # What an encoder computes when it is asked is the device's work, not another thread's.
+        planned if isinstance(dataset, EncodedImages) else Prefetched(planned),
         training_config(training, steps=steps, seed=options.seed, device=options.device, progress=options.progress),
         folder,
         callbacks=callbacks,
