@@ -347,7 +347,7 @@ def test_bad_input(pictures: Path, base: Path, tmp_path: Path, monkeypatch: pyte
     for change in ({"style": "dense"}, {"style": "own", "languages": ("en", "zh")}):
         recipe = with_captions(adapter_recipe(pictures, base), **change)
         with pytest.raises(ValueError, match=r"your own pictures have the one caption .*; leave with_captions out"):
-            recipe.train(tmp_path / "styled", device="cpu", progress=False)
+            recipe.train(tmp_path / change["style"], device="cpu", progress=False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install 'wellposed\[finetune\]'"):
         adapter_recipe(pictures, base).train(tmp_path / "no_peft", device="cpu")

@@ -87,11 +87,6 @@ class Usage:
         """Model FLOPs over what the devices could have computed; None if unknown."""
         return self.model_flops / self.peak_flop if self.model_flops is not None and self.peak_flop else None
 
-    @property
-    def samples_per_second(self) -> float | None:
-        """Over the whole time of the run; None before any has passed."""
-        return self.samples / self.seconds if self.seconds else None
-
 
 def read_usage(path: Path) -> Usage:
     """Read a ``usage.json``.
