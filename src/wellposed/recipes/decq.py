@@ -57,6 +57,32 @@ TINY_TAPS = {
 }
 """The same in the small encoder's eight."""
 
+FINETUNED, DISTILLED = "encoder trained with the decoder", "encoder kept near its frozen copy"
+ON_SIGLIP2 = "on SigLIP2-B/16"
+GUIDED = "guided by a DiT^DH-S of 60 epochs at 1.6"
+
+# The generators that a gFID is of are named with it, so that it is true of a recipe with any.
+PUBLISHED: dict[tuple[str, ...], str] = {
+    ("num_queries = 0",): "PSNR 19.13, rFID 0.69; gFID 2.16 with DiT^DH-XL, 6.05 with DiT^DH-S",
+    ("num_queries = 2",): "PSNR 20.89, rFID 0.57; gFID 5.94 with DiT^DH-S",
+    ("num_queries = 4",): "PSNR 21.33, rFID 0.54; gFID 5.22 with DiT^DH-S",
+    ("num_queries = 16",): "PSNR 24.41, rFID 0.32; gFID 6.43 with DiT^DH-S",
+    ("condenser_layers = (0, 1, 2, 3)",): "PSNR 23.47, rFID 0.42; gFID 6.35 with DiT^DH-S",
+    ("condenser_layers = (8, 9, 10, 11)",): "PSNR 20.72, rFID 0.54; gFID 5.09 with DiT^DH-S",
+    (f"condenser_layers = {tuple(range(12))}",): "PSNR 22.67, rFID 0.45; gFID 4.77 with DiT^DH-S",
+    ("num_queries = 0", FINETUNED): "PSNR 33.83, rFID 0.15; gFID 57.81 with DiT^DH-S",
+    ("num_queries = 0", DISTILLED): "PSNR 27.09, rFID 0.23; gFID 20.20 with DiT^DH-S",
+    (
+        "num_queries = None",
+        "query_fusion = channels",
+        "query_bottleneck_dim = 24",
+    ): "PSNR 22.60, rFID 0.49; gFID 8.75 with DiT^DH-S",
+    (ON_SIGLIP2,): "PSNR 22.07, rFID 0.57; gFID 10.09 with DiT^DH-S",
+    (ON_SIGLIP2, "num_queries = 0"): "PSNR 19.92, rFID 0.73; gFID 11.10 with DiT^DH-S",
+    (GUIDED,): "gFID 1.33 with AutoGuidance at 1.6 (1.80 without)",
+}
+"""The paper at 80 epochs, without guidance if none is named, by how a recipe differs from ``decq_imagenet256``."""
+
 TINY_SIZE, TINY_PATCH, TINY_WIDTH, TINY_LAYERS = 32, 4, 64, 8
 DIGIT_COPIES = 4
 
@@ -169,7 +195,11 @@ def decq_imagenet256() -> LatentRecipe:
         name="decq_imagenet256",
         summary="ImageNet 256x256, DINOv2-B, a ViT-XL decoder with 8 queries, DiT^DH-XL for 80 epochs",
         paper=PAPER,
-        expected="the paper: PSNR 22.76, rFID 0.47; gFID 1.80 without guidance (RAE 19.13, 0.69; 2.16)",
+        expected=(
+            "the paper: PSNR 22.76, rFID 0.47; gFID without guidance 1.80 with DiT^DH-XL, 4.74 with DiT^DH-S (RAE "
+            "19.13, 0.69; 2.16, 6.05)"
+        ),
+        published={frozenset(how): f"the paper: {figures}" for how, figures in PUBLISHED.items()},
         encoder=EncoderSource(get=_dinov2_base, what="DINOv2-B with registers", files=(encoder,)),
         autoencoder=_imagenet_autoencoder,
         autoencoder_fields={"num_queries": 8, "condenser_layers": IMAGENET_TAPS["spread"]},
@@ -206,22 +236,17 @@ def decq_imagenet256() -> LatentRecipe:
 
 def decq_imagenet256_guided() -> LatentRecipe:
     """The same with the published guide."""
-    recipe = guided(decq_imagenet256())
-    return replace(
-        recipe,
-        summary=f"{recipe.summary}, guided by a DiT^DH-S of 60 epochs",
-        expected="the paper: gFID 1.33 with AutoGuidance at 1.6 (1.80 without)",
-    )
+    return guided(decq_imagenet256())
 
 
 def guided(recipe: LatentRecipe, *, scale: float = 1.6, epochs: int = 60) -> LatentRecipe:
-    """With AutoGuidance by a DiT^DH-S of 60 epochs at 1.6, the published guided setting (gFID 1.33 at 80 epochs).
+    """With AutoGuidance by a DiT^DH-S of 60 epochs at 1.6, the published guided setting.
 
     Its name ends in ``_guided``: a run of it is another one than the recipe's.
     """
     training = replace(recipe.generation.training, max_steps=epochs * GENERATION_EPOCH)
-    return replace(
-        recipe,
+    return recipe.varied(
+        f"guided by a DiT^DH-S of {epochs} epochs at {scale:g}",
         name=f"{recipe.name}_guided",
         guide=GuideSettings(network=_imagenet_guide, training=training),
         sampling=replace(recipe.sampling, guidance_scale=scale),
@@ -229,7 +254,8 @@ def guided(recipe: LatentRecipe, *, scale: float = 1.6, epochs: int = 60) -> Lat
 
 
 def with_generator(recipe: LatentRecipe, size: Literal["S", "B", "L", "XL"]) -> LatentRecipe:
-    """With a generator of another size: "S" is that of the paper's ablations (gFID 4.74 at 80 epochs, RAE 6.05)."""
+    """With a generator of another size: "S" is that of the paper's ablations."""
+    # What is expected says which generator it was published with.
     return replace(
         recipe, generator=partial(_generator_of_size, size), summary=f"{recipe.summary}; here with a DiT^DH-{size}"
     )
@@ -237,21 +263,23 @@ def with_generator(recipe: LatentRecipe, size: Literal["S", "B", "L", "XL"]) -> 
 
 def with_joint_loss(recipe: LatentRecipe) -> LatentRecipe:
     """Stage two with one mean over all tokens, in which a query weighs as much as a patch."""
-    return replace(recipe, generation=replace(recipe.generation, reduction="joint"))
+    return recipe.varied("one mean over all tokens", generation=replace(recipe.generation, reduction="joint"))
 
 
 def finetuned(recipe: LatentRecipe) -> LatentRecipe:
-    """The ablation whose encoder is trained with the decoder, without queries (published gFID 57.81, PSNR 33.83)."""
-    return replace(recipe.with_queries(0), reconstruction=replace(recipe.reconstruction, encoder="finetune"))
+    """The ablation whose encoder is trained with the decoder, without queries."""
+    finetuning = replace(recipe.reconstruction, encoder="finetune")
+    return recipe.with_queries(0).varied(FINETUNED, reconstruction=finetuning)
 
 
 def distilled(recipe: LatentRecipe) -> LatentRecipe:
-    """The same with a penalty that keeps the encoder near its frozen copy (published gFID 20.20, PSNR 27.09)."""
-    return replace(recipe.with_queries(0), reconstruction=replace(recipe.reconstruction, encoder="distill"))
+    """The same with a penalty that keeps the encoder near its frozen copy."""
+    distilling = replace(recipe.reconstruction, encoder="distill")
+    return recipe.with_queries(0).varied(DISTILLED, reconstruction=distilling)
 
 
 def concatenated(recipe: LatentRecipe, *, channels: int = 24) -> LatentRecipe:
-    """The ablation with a query for each patch, as further channels of it (published gFID 8.75, PSNR 22.60).
+    """The ablation with a query for each patch, as further channels of it.
 
     Args:
         recipe: whose taps it has.
@@ -262,14 +290,14 @@ def concatenated(recipe: LatentRecipe, *, channels: int = 24) -> LatentRecipe:
 
 
 def on_siglip2(recipe: LatentRecipe) -> LatentRecipe:
-    """On SigLIP2-B/16 at 256 pixels (published gFID 10.09 with DiT^DH-S, RAE 11.10)."""
+    """On SigLIP2-B/16 at 256 pixels."""
     folder = RequiredFile(
         path="siglip2-base-patch16-256",
         what="the folder of SigLIP2-B/16",
         source="https://huggingface.co/google/siglip2-base-patch16-256",
     )
-    return replace(
-        recipe,
+    return recipe.varied(
+        ON_SIGLIP2,
         encoder=EncoderSource(get=_siglip2_base, what="SigLIP2-B/16", files=(folder,)),
         autoencoder=_siglip2_autoencoder,
     )

@@ -17,6 +17,8 @@ __all__ = [
     "ReconstructionSettings",
 ]
 
+UNKNOWN = "no figure is known"
+
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderSource:
@@ -157,6 +159,8 @@ class LatentRecipe(Recipe):
         sampling: how images are drawn.
         evaluation: how they are scored.
         images: the images, where the user has to get them.
+        variations: how it differs from the recipe that it was made from, in the words of :meth:`varied`.
+        published: what to expect of the recipe's variants, by their variations, where that is known.
     """
 
     encoder: EncoderSource
@@ -172,6 +176,8 @@ class LatentRecipe(Recipe):
     reconstruction_dataset: Callable[[Path], Any] | None = None
     guide: GuideSettings | None = None
     images: RequiredFile | None = None
+    variations: frozenset[str] = frozenset()
+    published: Mapping[frozenset[str], str] = field(default_factory=dict[frozenset[str], str])
 
     @property
     def options(self) -> frozenset[str]:
@@ -238,14 +244,6 @@ class LatentRecipe(Recipe):
             evaluate=lambda recipe, run, **chosen: score_table(score_latent(recipe, run, **chosen)),
         )
 
-    def sampled_as(self, settings: Mapping[str, Any]) -> "LatentRecipe":
-        """With the sampling that a run's :meth:`settings` record: its guidance may be another than the recipe's."""
-        recorded: dict[str, Any] = dict(settings.get("sampling", {}))
-        for name in ("step_counts", "guidance_interval"):
-            if name in recorded:
-                recorded[name] = tuple(recorded[name])
-        return replace(self, sampling=replace(self.sampling, **recorded))
-
     def with_queries(
         self, num_queries: int | None, layers: Sequence[int] | None = None, **fields: Any
     ) -> "LatentRecipe":
@@ -259,7 +257,23 @@ class LatentRecipe(Recipe):
         chosen = {**self.autoencoder_fields, "num_queries": num_queries, **fields}
         if layers is not None:
             chosen["condenser_layers"] = tuple(layers)
-        return replace(self, autoencoder_fields=chosen)
+        held = self.autoencoder_fields.items()
+        how = [f"{name} = {value}" for name, value in chosen.items() if (name, value) not in held]
+        return self.varied(*how, autoencoder_fields=chosen)
+
+    def varied(self, *how: str, **changes: Any) -> "LatentRecipe":
+        """The recipe with other fields. Its summary says how it differs, and it expects what was published of that.
+
+        Args:
+            how: each variation in a few words; none where the recipe stays what it is.
+            changes: fields.
+        """
+        if not how:
+            return replace(self, **changes)
+        variations = self.variations | set(how)
+        expected = self.published.get(variations, UNKNOWN)
+        summary = f"{self.summary}; here {', '.join(how)}"
+        return replace(self, summary=summary, variations=variations, expected=expected, **changes)
 
 
 def _plain(settings: Any) -> dict[str, Any]:
