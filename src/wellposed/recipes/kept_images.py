@@ -1,7 +1,9 @@
 """Drawn images as files: one each, and a grid of the first ones."""
 
+import hashlib
+import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from wellposed.recipes.ddpm_draw import grid_columns
 from wellposed.recipes.recipe import OnProgress
 from wellposed.training.export import replaced_folder
 
-__all__ = ["KeptImages", "announced", "keep_images"]
+__all__ = ["KeptImages", "announced", "hash_of_prompts", "keep_images"]
 
 MOST_IN_GRID = 100
 
@@ -75,6 +77,11 @@ def keep_images(
     grid = samples / f"{name}.png"
     save_image_grid(torch.stack(shown), grid, columns=grid_columns(len(shown)), enlarge=enlarge, metadata=about)
     return KeptImages(folder=samples / name, overview=grid, seconds=round(seconds, 3))
+
+
+def hash_of_prompts(prompts: Sequence[str]) -> str:
+    """Short: what tells the drawings of some prompts from those of others."""
+    return hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:8]
 
 
 def announced(batches: Iterator[Tensor], of: str, count: int, on_progress: OnProgress) -> Iterator[Tensor]:

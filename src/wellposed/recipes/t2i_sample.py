@@ -1,13 +1,10 @@
 """Pictures from a run that draws prompts."""
 
-import hashlib
-import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from wellposed.recipes.device import resolved_device
-from wellposed.recipes.kept_images import keep_images
+from wellposed.recipes.kept_images import hash_of_prompts, keep_images
 from wellposed.recipes.recipe import DrawnSamples, OnProgress, no_progress
 from wellposed.recipes.run_folder import open_run
 from wellposed.recipes.t2i_draw import draw_prompts, load_lens
@@ -76,7 +73,7 @@ def sample_t2i(
     kept = keep_images(
         draw_prompts(pipe, prompts, recipe.sampling, seed=seed, num_inference_steps=steps),
         folder.samples,
-        f"T{steps:04d}_w{scale:g}_seed{seed}_{_short_hash(known)}",
+        f"T{steps:04d}_w{scale:g}_seed{seed}_{hash_of_prompts(known)}",
         count=count,
         about=about,
         about_each=lambda number: {"prompt": prompts[number]},
@@ -92,8 +89,3 @@ def sample_t2i(
         seconds=kept.seconds,
         prompts=prompts,
     )
-
-
-def _short_hash(prompts: Sequence[str]) -> str:
-    """What tells the drawings of some prompts from those of others."""
-    return hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:8]

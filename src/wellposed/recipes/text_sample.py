@@ -11,10 +11,12 @@ from torch import Tensor
 
 from wellposed.batches import TextBatch
 from wellposed.recipes.device import resolved_device
+from wellposed.recipes.kept_images import hash_of_prompts
 from wellposed.recipes.recipe import DrawnSamples, OnProgress, no_progress
 from wellposed.recipes.run_folder import open_run
 from wellposed.recipes.text_draw import draw_texts, empty_canvas, load_pipeline
 from wellposed.recipes.text_recipe import SudokuEvaluation, TextRecipe
+from wellposed.training.export import replaced_folder
 from wellposed.udm.pipeline import prompt_canvas
 
 __all__ = ["SampledTexts", "canvas_for", "sample_texts", "together", "written"]
@@ -80,7 +82,7 @@ def sample_texts(
         # A text with holes stays as long as it is; any other is continued.
         length = None if HOLE in prompt else recipe.block_length
         canvas = prompt_canvas(tokenizer, [prompt] * count, length=length, hole=HOLE)
-    name = f"T{steps:04d}_seed{seed}" if prompt is None else f"T{steps:04d}_seed{seed}_prompt"
+    name = f"T{steps:04d}_seed{seed}" + ("" if prompt is None else f"_{hash_of_prompts([prompt])}")
     texts: list[str] = []
     evaluations = 0
     started = time.perf_counter()
@@ -92,9 +94,9 @@ def sample_texts(
         on_progress("texts", len(texts), count)
     seconds = time.perf_counter() - started
     single = folder.samples / name
-    single.mkdir(parents=True, exist_ok=True)
-    for number, text in enumerate(texts):
-        (single / f"{number:05d}.txt").write_text(text, encoding="utf-8")
+    with replaced_folder(single) as fresh:
+        for number, text in enumerate(texts):
+            (fresh / f"{number:05d}.txt").write_text(text, encoding="utf-8")
     sheet = folder.samples / f"{name}.txt"
     sheet.write_text(together(texts), encoding="utf-8")
     return SampledTexts(
