@@ -4,9 +4,9 @@
     python examples/dito_flux.py black-forest-labs/FLUX.1-dev --size 1024 --steps 28 --dtype bfloat16 --device cuda
     python examples/dito_flux.py black-forest-labs/FLUX.1-schnell --size 1024 --steps 4 --dtype bfloat16 --device cuda
 
-What to expect of the tiny one, from one run (1024 image tokens, 12 steps of which 8 are reduced): 1.38x by FLOPs, 1.3x to 1.6x by
-the clock of a CPU, and 37.2 dB to the dense picture. A network with random weights shows that everything runs and what
-it saves, not what a trained model loses.
+What to expect of the tiny one, from one run (1024 image tokens, 12 steps of which 8 are reduced): 1.38x by FLOPs, 1.3x
+to 1.6x by the clock of a CPU, and 37.2 dB to the dense picture. A network with random weights shows that everything
+runs and what it saves, not what a trained model loses.
 """
 
 import argparse

@@ -14,11 +14,11 @@ Beside each picture ``name.jpg`` lies its caption, ``name.txt``. It is what ``we
     pipe = LensPipeline.from_pretrained("path/to/Lens-Base")
     pipe.load_lora_weights("runs/lens_finetune/pipeline")            # comfyui_lora.safetensors beside it is for ComfyUI
 
-What to expect of the tiny one, from one run of half a minute: a Lens with random weights learns to draw a meadow and sand, by 100
-steps for all weights, and an adapter (of rank 16, for the MLPs too) on top of it learns sea and wall. The loss falls
-from 1.9 to 0.5, and then from 1.3 to 0.4. The table that it prints last has, for each caption, the squared distance of
-drawn latents to those of either picture: 0.2 to its own, 1.8 to the other. The pictures themselves look like noise,
-because the tiny autoencoder has learned nothing.
+What to expect of the tiny one, from one run of half a minute: a Lens with random weights learns to draw a meadow and
+sand, by 100 steps for all weights, and an adapter (of rank 16, for the MLPs too) on top of it learns sea and wall. The
+loss falls from 1.9 to 0.5, and then from 1.3 to 0.4. The table that it prints last has, for each caption, the squared
+distance of drawn latents to those of either picture: 0.2 to its own, 1.8 to the other. The pictures themselves look
+like noise, because the tiny autoencoder has learned nothing.
 """
 
 import argparse

@@ -3,8 +3,9 @@
     python examples/udm_text.py                    # 400 steps, two minutes on one core, nothing to download
     python examples/udm_text.py runs/python        # keeps the pipeline, for UniformDiffusionPipeline.from_pretrained
 
-What to expect, from one run: a bound of about 2.7 nats a byte on held-out files. All bytes equally likely would be 5.55, each by its
-own frequency 3.11, and each after the one before it 2.41: so far it knows that letters depend on each other, not more.
+What to expect, from one run: a bound of about 2.7 nats a byte on held-out files. All bytes equally likely would be
+5.55, each by its own frequency 3.11, and each after the one before it 2.41: so far it knows that letters depend on each
+other, not more.
 """
 
 import sys
