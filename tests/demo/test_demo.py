@@ -33,7 +33,6 @@ TINY = DemoSettings(
     reduction_shorter=(4,),
     reduction_cache_thresholds=(0.1,),
     reduction_extrapolated=(2,),
-    reduction_repeats=1,
     reduction_penalties=(0.0, 0.3),
     penalised_ratios=(0.25, 0.5),
     detail_copies=1,

@@ -110,14 +110,7 @@ def reduction_study(stages: Stages, settings: DemoSettings, subject: Subject) ->
         )
         stages.announce("  measuring time, all in turns ...")
         timed = [one for one in contenders if one.ratio in (None, largest) and one.name not in CONTROLS]
-        speed = compare_speed(
-            subject,
-            timed,
-            count=settings.reduction_images,
-            repeats=settings.reduction_repeats,
-            warmup=0,
-            seed=stages.seed,
-        )
+        speed = compare_speed(subject, timed, count=settings.reduction_images, repeats=3, warmup=0, seed=stages.seed)
         # CPU time is the steadier of the two on a machine that others use.
         clock = "process" if speed.device == "cpu" else "wall"
         latency = {one.name: speed.ratio(one.name, clock=clock).median for one in timed}
@@ -136,7 +129,6 @@ def reduction_study(stages: Stages, settings: DemoSettings, subject: Subject) ->
         "shorter": settings.reduction_shorter,
         "cache_thresholds": settings.reduction_cache_thresholds,
         "extrapolated": settings.reduction_extrapolated,
-        "repeats": settings.reduction_repeats,
     }
     return dict(stages.run("reduction", "Sampling with fewer tokens", chosen, compute).metrics)
 

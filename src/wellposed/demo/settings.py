@@ -37,7 +37,6 @@ class DemoSettings:
         reduction_shorter: numbers of steps to compare with.
         reduction_cache_thresholds: of FirstBlockCache.
         reduction_extrapolated: TaylorSeer computes one step in so many.
-        reduction_repeats: how often each way to sample is timed.
         reduction_penalties: coefficients of the frequency penalty.
         detail_copies: of each digit, in other colours.
         detail_images: images to train on and to reconstruct, None for all.
@@ -84,7 +83,6 @@ class DemoSettings:
     reduction_shorter: tuple[int, ...] = (16, 13, 10)
     reduction_cache_thresholds: tuple[float, ...] = (0.1, 0.2)
     reduction_extrapolated: tuple[int, ...] = (2, 3)
-    reduction_repeats: int = 3
     reduction_penalties: tuple[float, ...] = (0.0, 0.02, 0.05, 0.1, 0.3)
     penalised_ratios: tuple[float, ...] = (0.25, 0.5, 0.75)
     detail_copies: int = 2
