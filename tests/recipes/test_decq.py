@@ -315,7 +315,8 @@ def test_variants_change_what_they_say() -> None:
             "query_fusion": "channels",
             "query_bottleneck_dim": 8,
         }
-        assert replace(other, autoencoder_fields=base.autoencoder_fields) == base
+        described = {name: getattr(base, name) for name in ("autoencoder_fields", "summary", "expected", "variations")}
+        assert replace(other, **described) == base, "nothing else differs"
         assert json.loads(json.dumps(other.settings()))["autoencoder"]["query_bottleneck_dim"] == 8
     assert concatenated(recipe).autoencoder_fields["query_bottleneck_dim"] == 24
     guide = guided(recipe)
