@@ -52,7 +52,9 @@ def recipe_of(chosen: argparse.Namespace) -> TextToImageRecipe:
 
 
 def with_buckets(recipe: TextToImageRecipe, buckets: Buckets) -> TextToImageRecipe:
-    return replace(recipe, stages=(replace(recipe.stages[0], buckets=lambda: buckets, shares=1),))
+    stage = recipe.stages[0]
+    training = replace(stage.training, batch_size=round(fmean(buckets.batch_sizes.values())))
+    return replace(recipe, stages=(replace(stage, buckets=lambda: buckets, shares=1, training=training),))
 
 
 def of_length(recipe: TextToImageRecipe, steps: int, chosen: argparse.Namespace) -> TextToImageRecipe:

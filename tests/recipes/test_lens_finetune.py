@@ -254,7 +254,9 @@ def test_all_weights(full_run: Path, base: Path) -> None:
 def losses_of(recipe: TextToImageRecipe, run: Path) -> list[float]:
     """Those of a run in shares of eight, four times each picture."""
     eight = replace(one_size(), batch_sizes={16: 8})
-    stage = replace(recipe.stages[0], buckets=lambda: eight, shares=1, gradient_checkpointing=False)
+    first = recipe.stages[0]
+    training = replace(first.training, batch_size=8)
+    stage = replace(first, buckets=lambda: eight, shares=1, training=training, gradient_checkpointing=False)
     replace(recipe, stages=(stage,), shown_captions=0).train(run, device="cpu", progress=False)
     return [json.loads(line)["network/loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
