@@ -7,7 +7,7 @@ __all__ = ["DemoSettings"]
 
 @dataclass(frozen=True, kw_only=True)
 class DemoSettings:
-    """Sizes of the demo's experiments; the defaults take about a quarter of an hour on two cores.
+    """Sizes of the demo's experiments; the defaults take about half an hour on two cores.
 
     Attributes:
         training_steps: of the digits' U-Net.
