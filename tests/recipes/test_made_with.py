@@ -12,7 +12,9 @@ SETTINGS = {"steps": 4, "sizes": (8, 16), "seed": 0}
 def test_the_same_settings_go_on(tmp_path: Path) -> None:
     claim_folder(tmp_path / "part", SETTINGS)
     (tmp_path / "part" / "weights").touch()
+    note = (tmp_path / "part" / "made_with.json").read_text()
     claim_folder(tmp_path / "part", {**SETTINGS, "sizes": [8, 16]})
+    assert (tmp_path / "part" / "made_with.json").read_text() == note
 
 
 def test_other_settings_are_named(tmp_path: Path) -> None:
